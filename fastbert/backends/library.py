@@ -1,0 +1,57 @@
+"""Registration of an op and of its backward with ``torch.library``.
+
+An op is two registered functions, ``fastbert::<name>`` and ``fastbert::<name>_bwd``, whose last argument ``impl`` is
+the name of the implementation that runs. Both return contiguous tensors whatever the strides of their inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastbert.backends import select
+
+NAMESPACE = "fastbert"
+
+
+def define(
+    op: str,
+    *,
+    forward: str,
+    forward_fake: Callable[..., Any],
+    backward: str,
+    backward_fake: Callable[..., Any],
+    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
+    autograd: Callable[..., Any],
+) -> None:
+    """Register ``fastbert::<op>`` and ``fastbert::<op>_bwd``.
+
+    Args:
+        op: the stem: name of the table of implementations.
+        forward, backward: schemas without the name; the last argument is ``str impl``.
+        forward_fake, backward_fake: shapes and dtypes of the results, for tracing.
+        setup_context, autograd: what the forward saves, and the gradients of its arguments; the latter calls
+            ``torch.ops.fastbert.<op>_bwd``.
+    """
+    forward_name, backward_name = f"{NAMESPACE}::{op}", f"{NAMESPACE}::{op}_bwd"
+    torch.library.define(forward_name, forward)
+    torch.library.define(backward_name, backward)
+
+    def run_forward(*args: Any) -> Any:
+        return select.load(op, args[-1]).forward(*args[:-1])
+
+    def run_backward(*args: Any) -> Any:
+        return select.load(op, args[-1]).backward(*args[:-1])
+
+    def no_double_backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"fastbert.ops.{op} has no second derivative: its backward can't be differentiated")
+
+    for device in ("cpu", "cuda"):
+        torch.library.impl(forward_name, device, run_forward)
+        torch.library.impl(backward_name, device, run_backward)
+    torch.library.register_fake(forward_name, forward_fake)
+    torch.library.register_fake(backward_name, backward_fake)
+    torch.library.register_autograd(forward_name, autograd, setup_context=setup_context)
+    torch.library.register_autograd(backward_name, no_double_backward)

@@ -1,0 +1,147 @@
+"""The choice of an implementation: who can serve a call, who can't and why.
+
+Every op lists its implementations in a ``Table``, best first. Each of them gives reasons against serving a request;
+no reason means that it can. ``impl=None`` takes the first that can; an explicit ``impl`` never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True)
+class Request:
+    """The facts about a call that decide who can serve it.
+
+    ``device`` is a ``torch.device.type``; ``dtype`` that of the computation; ``dropout_p`` the probability of the
+    dropout inside the op; ``head_size`` is set by attention only.
+    """
+
+    device: str
+    dtype: torch.dtype
+    dropout_p: float = 0.0
+    head_size: int | None = None
+
+
+class UnsupportedError(RuntimeError):
+    """An explicitly requested implementation can't serve the call; the message holds its reasons."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    ``module`` is imported at first use; it has ``forward`` and ``backward`` with the arguments of the op's schema
+    less ``impl``. ``reasons`` yields one sentence for each fact of a request that it can't serve.
+    """
+
+    name: str
+    module: str
+    reasons: Callable[[Request], Iterator[str]]
+
+
+class Choice(NamedTuple):
+    """One row of an explanation: an implementation, whether it is the one that runs, and why it can't."""
+
+    op: str
+    implementation: str
+    chosen: bool
+    reasons: tuple[str, ...]
+
+
+class Table:
+    """The implementations of one op, best first."""
+
+    def __init__(self, op: str, implementations: tuple[Implementation, ...]) -> None:
+        self.op = op
+        self._implementations = {implementation.name: implementation for implementation in implementations}
+        _TABLES[op] = self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that ``impl`` may take."""
+        return tuple(self._implementations)
+
+    def choose(self, impl: str | None, request: Request) -> str:
+        """The implementation that serves ``request``.
+
+        Raises:
+            ValueError: ``impl`` is no implementation of this op.
+            UnsupportedError: ``impl`` can't serve the request, or (with None) nothing can.
+        """
+        if impl is None:
+            for name, implementation in self._implementations.items():
+                if not any(True for _ in implementation.reasons(request)):
+                    return name
+            raise UnsupportedError(f"{self.op}: no implementation can serve {request}; {self._all_reasons(request)}")
+        if impl not in self._implementations:
+            raise ValueError(f"{self.op}: impl is {impl!r}; it may be None or one of {', '.join(self.names)}")
+        reasons = list(self._implementations[impl].reasons(request))
+        if reasons:
+            raise UnsupportedError(f"{self.op}: impl={impl!r} can't serve this call: {'; '.join(reasons)}")
+        return impl
+
+    def load(self, name: str) -> ModuleType:
+        """The module of an implementation, imported at its first use."""
+        return importlib.import_module(self._implementations[name].module)
+
+    def explain(self, request: Request) -> list[Choice]:
+        """Every implementation with its reasons against ``request``, the chosen one marked."""
+        rows = []
+        found = False
+        for name, implementation in self._implementations.items():
+            reasons = tuple(implementation.reasons(request))
+            rows.append(Choice(self.op, name, not reasons and not found, reasons))
+            found = found or not reasons
+        return rows
+
+    def _all_reasons(self, request: Request) -> str:
+        return "; ".join(f"{row.implementation}: {', '.join(row.reasons)}" for row in self.explain(request))
+
+
+_TABLES: dict[str, Table] = {}
+
+
+def table(op: str) -> Table:
+    """The table of an op that has been imported."""
+    return _TABLES[op]
+
+
+def load(op: str, name: str) -> ModuleType:
+    """The module of implementation ``name`` of ``op``."""
+    return _TABLES[op].load(name)
+
+
+def explain(request: Request) -> list[Choice]:
+    """Every implementation of every op with its reasons against ``request``."""
+    return [row for op in _TABLES.values() for row in op.explain(request)]
+
+
+def nothing(request: Request) -> Iterator[str]:
+    """No reason against anything: the support of a reference."""
+    yield from ()
+
+
+def needs_device(request: Request, *devices: str) -> Iterator[str]:
+    """A reason unless the request's tensors are on one of ``devices``."""
+    if request.device not in devices:
+        yield f"it runs on {' and '.join(devices)}, and the tensors are on {request.device}"
+
+
+def needs_dtype(request: Request, *dtypes: torch.dtype) -> Iterator[str]:
+    """A reason unless the request's dtype is one of ``dtypes``."""
+    if request.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        yield f"it computes in {names}, and the dtype is {str(request.dtype).removeprefix('torch.')}"
+
+
+def needs_no_dropout(request: Request) -> Iterator[str]:
+    """A reason if the request has dropout."""
+    if request.dropout_p > 0.0:
+        yield f"it can't draw the exact dropout mask, and dropout_p is {request.dropout_p}"

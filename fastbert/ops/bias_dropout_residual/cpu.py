@@ -1,0 +1,57 @@
+"""The host build of the compiled bias-dropout-residual: ``csrc/bias_dropout_residual/host.cpp``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbert.backends import extension, philox
+
+
+def forward(x: Tensor, bias: Tensor | None, residual: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """residual + dropout(x + bias): ``[..., H]``."""
+    x, residual = x.contiguous(), residual.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = torch.empty_like(x)
+    cols = x.shape[-1]
+    extension.module().bias_dropout_residual_forward_host(
+        x.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        residual.data_ptr(),
+        out.data_ptr(),
+        x.numel() // max(cols, 1),
+        cols,
+        extension.dtype_code(x.dtype),
+        0 if seed is None else seed.data_ptr(),
+        philox.threshold(p),
+        philox.scale(p),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def backward(dy: Tensor, p: float, seed: Tensor | None, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """(dx ``[..., H]``, dbias ``[H]``, or ``[0]`` without a bias)."""
+    dy = dy.contiguous()
+    dx = torch.empty_like(dy)
+    cols = dy.shape[-1]
+    rows = dy.numel() // max(cols, 1)
+    library = extension.module()
+    dbias = dy.new_empty(cols if has_bias else 0)
+    scratch = dy.new_empty(
+        library.bias_dropout_residual_backward_scratch(rows, cols) if has_bias else 0, dtype=torch.float32
+    )
+    library.bias_dropout_residual_backward_host(
+        dy.data_ptr(),
+        dx.data_ptr(),
+        dbias.data_ptr() if has_bias else 0,
+        scratch.data_ptr() if has_bias else 0,
+        rows,
+        cols,
+        extension.dtype_code(dy.dtype),
+        0 if seed is None else seed.data_ptr(),
+        philox.threshold(p),
+        philox.scale(p),
+        torch.get_num_threads(),
+    )
+    return dx, dbias

@@ -1,0 +1,75 @@
+#pragma once
+
+#include <cstdint>
+
+#include "../common/dtype.h"
+#include "../common/macros.h"
+
+// out = residual + scale * mask * (x + bias); x, residual and out are contiguous [rows, cols], bias is [cols].
+// dx = scale * mask * dy; dbias[cols] = the column sums of dx before it is rounded.
+// mask[i] = draw(seed, i) < threshold, with i the index of the element and draw as in common/philox.h.
+namespace fastbert::bias_dropout_residual {
+
+// The dropout of one call. threshold of 65536 draws can be kept: at 65536 nothing is dropped and seed may be null.
+// seed is an address in the memory of the device that computes, so that a CUDA graph replays with a new seed.
+struct Dropout {
+  const int64_t* seed;
+  uint32_t threshold;
+  float scale;
+};
+
+constexpr uint32_t kKeepAll = 65536;
+
+// Partial column sums are taken over blocks of this many rows, whatever the number of threads, and added up in block
+// order: runs agree bit for bit.
+constexpr int64_t kRowsPerPartial = 64;
+
+inline int64_t partials(int64_t rows) { return (rows + kRowsPerPartial - 1) / kRowsPerPartial; }
+
+// One rounding for each operation: a fused multiply-add would not agree with eager PyTorch.
+// (The host is compiled with -ffp-contract=off.)
+FASTBERT_HD float multiply(float a, float b) {
+#if defined(__CUDA_ARCH__)
+  return __fmul_rn(a, b);
+#else
+  return a * b;
+#endif
+}
+
+FASTBERT_HD float drop(float value, bool keep, float scale) { return keep ? multiply(value, scale) : 0.0f; }
+
+// Any address may be null: bias where there is none, dx or dbias where it isn't wanted, scratch without dbias.
+template <typename T>
+struct Forward {
+  const T* x;
+  const T* bias;
+  const T* residual;
+  T* out;
+  int64_t rows;
+  int64_t cols;
+  Dropout dropout;
+};
+
+template <typename T>
+struct Backward {
+  const T* dy;
+  T* dx;
+  T* dbias;
+  float* scratch;  // [partials(rows), cols]
+  int64_t rows;
+  int64_t cols;
+  Dropout dropout;
+};
+
+template <typename T>
+void forward_host(const Forward<T>& args, int num_threads);
+template <typename T>
+void backward_host(const Backward<T>& args, int num_threads);
+
+// stream is a cudaStream_t of the current device. They throw std::runtime_error with the CUDA error.
+template <typename T>
+void forward_device(const Forward<T>& args, void* stream);
+template <typename T>
+void backward_device(const Backward<T>& args, void* stream);
+
+}  // namespace fastbert::bias_dropout_residual

@@ -1,0 +1,206 @@
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <limits>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "bias_dropout_residual/bias_dropout_residual.h"
+#include "common/dtype.h"
+#include "common/philox_host.h"
+
+namespace py = pybind11;
+
+namespace fastbert {
+namespace {
+
+template <typename T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);  // NOLINT: Python owns the memory and hands over its address
+}
+
+template <typename Function>
+void dispatch(int dtype, Function&& function) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::kFloat32: return function(float{});
+    case DType::kFloat16: return function(Half{});
+    case DType::kBFloat16: return function(BFloat16{});
+  }
+  throw std::invalid_argument("dtype is " + std::to_string(dtype) + "; it may be FLOAT32, FLOAT16 or BFLOAT16");
+}
+
+void check_at_least(const char* name, int64_t value, int64_t smallest) {
+  if (value < smallest) {
+    throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + "; it may be " +
+                                std::to_string(smallest) + " or more");
+  }
+}
+
+void check_address(const char* name, std::uintptr_t address) {
+  if (address == 0) throw std::invalid_argument(std::string(name) + " is a null address");
+}
+
+void check_shape(int64_t rows, int64_t cols) {
+  check_at_least("rows", rows, 0);
+  check_at_least("cols", cols, 0);
+  if (cols > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument("cols is " + std::to_string(cols) + "; it may be 2147483647 or less");
+  }
+}
+
+bias_dropout_residual::Dropout make_dropout(std::uintptr_t seed, int64_t threshold, float scale) {
+  if (threshold < 0 || threshold > bias_dropout_residual::kKeepAll) {
+    throw std::invalid_argument("threshold is " + std::to_string(threshold) + "; it may be 0 to 65536");
+  }
+  if (threshold != bias_dropout_residual::kKeepAll) check_address("seed", seed);
+  return {pointer<const int64_t>(seed), static_cast<uint32_t>(threshold), scale};
+}
+
+template <typename Launch>
+void run_forward(std::uintptr_t x, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t out, int64_t rows,
+                 int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, Launch&& launch) {
+  check_shape(rows, cols);
+  const auto dropout = make_dropout(seed, threshold, scale);
+  if (rows > 0 && cols > 0) {
+    check_address("x", x);
+    check_address("residual", residual);
+    check_address("out", out);
+  }
+  dispatch(dtype, [&](auto element) {
+    using T = decltype(element);
+    if (rows == 0 || cols == 0) return;
+    const py::gil_scoped_release release;
+    launch(bias_dropout_residual::Forward<T>{pointer<const T>(x), pointer<const T>(bias), pointer<const T>(residual),
+                                             pointer<T>(out), rows, cols, dropout});
+  });
+}
+
+template <typename Launch>
+void run_backward(std::uintptr_t dy, std::uintptr_t dx, std::uintptr_t dbias, std::uintptr_t scratch, int64_t rows,
+                  int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, Launch&& launch) {
+  check_shape(rows, cols);
+  const auto dropout = make_dropout(seed, threshold, scale);
+  if (rows > 0 && cols > 0) {
+    check_address("dy", dy);
+    if (dbias != 0) check_address("scratch", scratch);
+  }
+  dispatch(dtype, [&](auto element) {
+    using T = decltype(element);
+    if (cols == 0) return;
+    const py::gil_scoped_release release;
+    launch(bias_dropout_residual::Backward<T>{pointer<const T>(dy), pointer<T>(dx), pointer<T>(dbias),
+                                              pointer<float>(scratch), rows, cols, dropout});
+  });
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTBERT_VERSION;
+  info["compiler"] = FASTBERT_COMPILER;
+#if defined(_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+#if defined(FASTBERT_HAVE_CLONES)
+  info["cpu_clones"] = true;
+#else
+  info["cpu_clones"] = false;
+#endif
+#if defined(FASTBERT_CUDA_VERSION)
+  info["cuda"] = true;
+  info["cuda_version"] = FASTBERT_CUDA_VERSION;
+  info["cuda_architectures"] = FASTBERT_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = false;
+  info["cuda_version"] = py::none();
+  info["cuda_architectures"] = py::none();
+#endif
+  return info;
+}
+
+std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
+  philox4x32_10(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
+  return counter;
+}
+
+py::bytes philox_draws(uint64_t seed, int64_t start, int64_t count) {
+  check_at_least("start", start, 0);
+  check_at_least("count", count, 0);
+  const int64_t skip = start % kDrawsPerCall;
+  std::vector<uint16_t> draws((skip + count + kDrawsPerRun - 1) / kDrawsPerRun * kDrawsPerRun);
+  hidden_draws(seed, start / kDrawsPerCall, skip + count, draws.data());
+  return {reinterpret_cast<const char*>(draws.data() + skip), static_cast<size_t>(count) * sizeof(uint16_t)};
+}
+
+}  // namespace
+}  // namespace fastbert
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  using namespace fastbert;
+  using py::arg;
+  namespace bdr = bias_dropout_residual;
+
+  m.doc() = "Compiled kernels of fastbert. Arguments are addresses, sizes and a stream handle; 0 is a null address.";
+  m.attr("FLOAT32") = static_cast<int>(DType::kFloat32);
+  m.attr("FLOAT16") = static_cast<int>(DType::kFloat16);
+  m.attr("BFLOAT16") = static_cast<int>(DType::kBFloat16);
+
+  m.def("build_info", &build_info,
+        "version, compiler, openmp, cpu_clones, cuda, cuda_version and cuda_architectures of this build.");
+  m.def("philox4x32_10", &philox, arg("counter"), arg("key"),
+        "Four 32-bit words from a four-word counter and a two-word key.");
+  m.def("philox_draws", &philox_draws, arg("seed"), arg("start"), arg("count"),
+        "The 16-bit draws of elements start .. start + count - 1 of a hidden state, as native uint16 bytes.");
+
+  m.def("bias_dropout_residual_backward_scratch",
+        [](int64_t rows, int64_t cols) {
+          check_shape(rows, cols);
+          return bdr::partials(rows) * cols;
+        },
+        arg("rows"), arg("cols"), "The number of floats of scratch that the backward needs for dbias.");
+
+  m.def("bias_dropout_residual_forward_host",
+        [](std::uintptr_t x, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t out, int64_t rows,
+           int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, int num_threads) {
+          check_at_least("num_threads", num_threads, 1);
+          run_forward(x, bias, residual, out, rows, cols, dtype, seed, threshold, scale,
+                      [=](const auto& args) { bdr::forward_host(args, num_threads); });
+        },
+        arg("x"), arg("bias"), arg("residual"), arg("out"), arg("rows"), arg("cols"), arg("dtype"), arg("seed"),
+        arg("threshold"), arg("scale"), arg("num_threads"), "out = residual + scale * mask * (x + bias).");
+  m.def("bias_dropout_residual_backward_host",
+        [](std::uintptr_t dy, std::uintptr_t dx, std::uintptr_t dbias, std::uintptr_t scratch, int64_t rows,
+           int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, int num_threads) {
+          check_at_least("num_threads", num_threads, 1);
+          run_backward(dy, dx, dbias, scratch, rows, cols, dtype, seed, threshold, scale,
+                       [=](const auto& args) { bdr::backward_host(args, num_threads); });
+        },
+        arg("dy"), arg("dx"), arg("dbias"), arg("scratch"), arg("rows"), arg("cols"), arg("dtype"), arg("seed"),
+        arg("threshold"), arg("scale"), arg("num_threads"),
+        "dx = scale * mask * dy and dbias = its column sums; a null dx or dbias is not computed.");
+
+#if defined(FASTBERT_CUDA_VERSION)
+  m.def("bias_dropout_residual_forward_device",
+        [](std::uintptr_t x, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t out, int64_t rows,
+           int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, std::uintptr_t stream) {
+          run_forward(x, bias, residual, out, rows, cols, dtype, seed, threshold, scale,
+                      [=](const auto& args) { bdr::forward_device(args, pointer<void>(stream)); });
+        },
+        arg("x"), arg("bias"), arg("residual"), arg("out"), arg("rows"), arg("cols"), arg("dtype"), arg("seed"),
+        arg("threshold"), arg("scale"), arg("stream"),
+        "out = residual + scale * mask * (x + bias) on the current device; seed is an address in its memory.");
+  m.def("bias_dropout_residual_backward_device",
+        [](std::uintptr_t dy, std::uintptr_t dx, std::uintptr_t dbias, std::uintptr_t scratch, int64_t rows,
+           int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, std::uintptr_t stream) {
+          run_backward(dy, dx, dbias, scratch, rows, cols, dtype, seed, threshold, scale,
+                       [=](const auto& args) { bdr::backward_device(args, pointer<void>(stream)); });
+        },
+        arg("dy"), arg("dx"), arg("dbias"), arg("scratch"), arg("rows"), arg("cols"), arg("dtype"), arg("seed"),
+        arg("threshold"), arg("scale"), arg("stream"),
+        "dx = scale * mask * dy and dbias = its column sums on the current device; a null dx or dbias is not computed.");
+#endif
+}

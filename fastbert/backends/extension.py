@@ -1,0 +1,91 @@
+"""The compiled extension ``fastbert._C``: loaded when it is first asked for, and never a reason for an import to fail."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+# Before _C: torch's OpenMP runtime is then the one that _C finds, and both share one pool of threads.
+import torch
+from torch import Tensor
+
+from fastbert._version import __version__
+
+_REINSTALL = "reinstall with `pip install --force-reinstall --no-deps fastbert`"
+_DTYPES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
+
+
+class _Attempt(NamedTuple):
+    module: ModuleType | None
+    reason: str | None
+
+
+@functools.cache
+def _attempt() -> _Attempt:
+    try:
+        module = importlib.import_module("fastbert._C")
+        version = module.build_info()["version"]
+    except Exception as error:  # whatever a damaged or foreign file raises: it becomes the reason
+        return _Attempt(None, f"fastbert._C could not be loaded ({type(error).__name__}: {error}): {_REINSTALL}")
+    if version != __version__:
+        return _Attempt(None, f"fastbert._C was built for fastbert {version}, and this is {__version__}: {_REINSTALL}")
+    return _Attempt(module, None)
+
+
+def load() -> ModuleType | None:
+    """``fastbert._C``, or None where it can't be used: ``missing()`` tells why."""
+    return _attempt().module
+
+
+def module() -> ModuleType:
+    """``fastbert._C``.
+
+    Raises:
+        ImportError: it can't be used; the message is that of ``missing()``.
+    """
+    module, reason = _attempt()
+    if module is None:
+        raise ImportError(reason)
+    return module
+
+
+def missing() -> str | None:
+    """Why the extension's host kernels can't be used and what to do about it, in one sentence; None if they can."""
+    return _attempt().reason
+
+
+def missing_cuda() -> str | None:
+    """Why the extension's CUDA kernels can't be used and what to do about it, in one sentence; None if they can.
+
+    This is about the build only: whether there is a GPU to run them on is another question.
+    """
+    module, reason = _attempt()
+    if module is None:
+        return reason
+    if not module.build_info()["cuda"]:
+        return (
+            "fastbert._C was built without CUDA: install the CUDA toolkit, then rebuild from the source tree "
+            "with `pip install . -C cmake.define.FASTBERT_CUDA=ON`"
+        )
+    return None
+
+
+def dtype_code(dtype: torch.dtype) -> int:
+    """The extension's code of ``dtype``.
+
+    Raises:
+        ImportError: the extension can't be used.
+        TypeError: the extension doesn't compute in ``dtype``.
+    """
+    name = _DTYPES.get(dtype)
+    if name is None:
+        raise TypeError(f"dtype is {dtype}; fastbert._C computes in {', '.join(map(str, _DTYPES))}")
+    code: int = getattr(module(), name)
+    return code
+
+
+def address(tensor: Tensor | None) -> int:
+    """The address of the first element of ``tensor``; 0, the extension's null, for None."""
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,4 +1,4 @@
-"""The compiled extension ``fastbert._C``: loaded when it is first asked for, and never a reason for an import to fail."""
+"""The compiled extension ``fastbert._C``: loaded when first asked for, and never a reason for an import to fail."""
 
 from __future__ import annotations
 

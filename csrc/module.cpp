@@ -114,10 +114,12 @@ py::dict build_info() {
   info["cuda"] = true;
   info["cuda_version"] = FASTBERT_CUDA_VERSION;
   info["cuda_architectures"] = FASTBERT_CUDA_ARCHITECTURES;
+  info["cuda_absent"] = py::none();
 #else
   info["cuda"] = false;
   info["cuda_version"] = py::none();
   info["cuda_architectures"] = py::none();
+  info["cuda_absent"] = FASTBERT_CUDA_ABSENT;  // why
 #endif
   return info;
 }
@@ -150,7 +152,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("BFLOAT16") = static_cast<int>(DType::kBFloat16);
 
   m.def("build_info", &build_info,
-        "version, compiler, openmp, cpu_clones, cuda, cuda_version and cuda_architectures of this build.");
+        "What was built, and with what; cuda_absent says why there are no CUDA kernels.");
   m.def("philox4x32_10", &philox, arg("counter"), arg("key"),
         "Four 32-bit words from a four-word counter and a two-word key.");
   m.def("philox_draws", &philox_draws, arg("seed"), arg("start"), arg("count"),

@@ -64,9 +64,10 @@ def missing_cuda() -> str | None:
     module, reason = _attempt()
     if module is None:
         return reason
-    if not module.build_info()["cuda"]:
+    absent = module.build_info()["cuda_absent"]
+    if absent is not None:
         return (
-            "fastbert._C was built without CUDA: install the CUDA toolkit, then rebuild from the source tree "
+            f"fastbert._C was built without CUDA ({absent}): install the CUDA toolkit, then rebuild from the source tree "
             "with `pip install . -C cmake.define.FASTBERT_CUDA=ON`"
         )
     return None

@@ -14,10 +14,29 @@ def floating(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} has dtype {x.dtype}; it may be any floating dtype")
 
 
+def rows(name: str, x: Tensor) -> None:
+    """Raise TypeError unless ``x`` holds floating-point numbers, ValueError unless its rows have elements."""
+    floating(name, x)
+    if x.ndim == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; its last dimension must have at least one element")
+
+
+def integers(name: str, x: Tensor) -> None:
+    """Raise TypeError unless ``x`` holds int32 or int64 numbers."""
+    if x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} has dtype {x.dtype}; it must be torch.int32 or torch.int64")
+
+
 def shape(name: str, x: Tensor, *expected: int) -> None:
     """Raise ValueError unless ``x`` has exactly the shape ``expected``."""
     if x.shape != expected:
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {tuple(expected)}")
+
+
+def vector(name: str, x: Tensor, size: int) -> None:
+    """Raise TypeError unless ``x`` holds floating-point numbers, ValueError unless its shape is ``[size]``."""
+    floating(name, x)
+    shape(name, x, size)
 
 
 def same_device(**tensors: Tensor | None) -> None:
@@ -27,6 +46,12 @@ def same_device(**tensors: Tensor | None) -> None:
     for name, x in present[1:]:
         if x.device != reference.device:
             raise ValueError(f"{name} is on {x.device}; it must be on {reference.device}, where {first} is")
+
+
+def one_of(name: str, value: object, *allowed: object) -> None:
+    """Raise ValueError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it may be {' or '.join(map(repr, allowed))}")
 
 
 def probability(name: str, p: float) -> None:

@@ -1,15 +1,17 @@
 """Registration of an op and of its backward with ``torch.library``.
 
 An op is two registered functions, ``fastbert::<name>`` and ``fastbert::<name>_bwd``, whose last argument ``impl`` is
-the name of the implementation that runs. Both return contiguous tensors whatever the strides of their inputs.
+the name of the implementation that runs. Both return contiguous tensors whatever the strides of their inputs. A
+backward that takes an ``output_mask`` returns an empty tensor for every gradient that the mask leaves out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastbert.backends import select
 
@@ -40,10 +42,10 @@ def define(
     torch.library.define(backward_name, backward)
 
     def run_forward(*args: Any) -> Any:
-        return select.load(op, args[-1]).forward(*args[:-1])
+        return _without_autocast(select.load(op, args[-1]).forward, args[:-1])
 
     def run_backward(*args: Any) -> Any:
-        return select.load(op, args[-1]).backward(*args[:-1])
+        return _without_autocast(select.load(op, args[-1]).backward, args[:-1])
 
     def no_double_backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"fastbert.ops.{op} has no second derivative: its backward can't be differentiated")
@@ -55,3 +57,24 @@ def define(
     torch.library.register_fake(backward_name, backward_fake)
     torch.library.register_autograd(forward_name, autograd, setup_context=setup_context)
     torch.library.register_autograd(backward_name, no_double_backward)
+
+
+def empty_where_masked(tensors: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Fakes of gradients: one like each tensor, contiguous, or ``[0]`` where ``output_mask`` leaves it out."""
+    return tuple(
+        like.new_empty(like.shape if wanted else (0,)) for like, wanted in zip(tensors, output_mask, strict=True)
+    )
+
+
+def none_where_masked(gradients: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """What autograd wants: None for the gradients that ``output_mask`` leaves out."""
+    return tuple(grad if wanted else None for grad, wanted in zip(gradients, output_mask, strict=True))
+
+
+def _without_autocast(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Call an implementation with autocast off: it has chosen its dtypes, and a float32 product must stay one."""
+    device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+    if not torch.is_autocast_enabled(device):
+        return function(*args)
+    with torch.autocast(device, enabled=False):
+        return function(*args)

@@ -113,3 +113,10 @@ def hidden_mask(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
 def attention_mask(seed: Tensor, sequence: Tensor, heads: int, queries: int, keys: int, p: float) -> Tensor:
     """The keep mask (bool, ``[len(sequence), heads, queries, keys]``) of attention dropout with probability ``p``."""
     return attention_draws(seed, sequence, heads, queries, keys) < threshold(p)
+
+
+def hidden_dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """``x`` where it is kept, scaled by ``scale(p)``, and zero elsewhere; ``x`` itself when ``seed`` is None."""
+    if seed is None:
+        return x
+    return torch.where(hidden_mask(seed, x.shape, p), x * scale(p), 0.0)

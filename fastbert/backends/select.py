@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastbert.backends import extension
+
 
 @dataclass(frozen=True)
 class Request:
@@ -145,3 +147,26 @@ def needs_no_dropout(request: Request) -> Iterator[str]:
     """A reason if the request has dropout."""
     if request.dropout_p > 0.0:
         yield f"it can't draw the exact dropout mask, and dropout_p is {request.dropout_p}"
+
+
+def needs_host_extension(request: Request) -> Iterator[str]:
+    """A reason if the host kernels of the extension can't be used."""
+    if reason := _missing_extension():
+        yield reason
+
+
+def needs_cuda_extension(request: Request) -> Iterator[str]:
+    """A reason if the CUDA kernels of the extension can't be used."""
+    if reason := _missing_cuda_extension():
+        yield reason
+
+
+# torch.compile takes these answers as they are: it can't trace an import.
+@torch.compiler.assume_constant_result
+def _missing_extension() -> str | None:
+    return extension.missing()
+
+
+@torch.compiler.assume_constant_result
+def _missing_cuda_extension() -> str | None:
+    return extension.missing_cuda()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastbert.backends import checks, extension, select
+from fastbert.backends import checks, select
 from fastbert.ops.bias_dropout_residual import schema  # noqa: F401  registers the op
 
 _EXTENSION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -16,15 +16,13 @@ _EXTENSION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 def _cpu_reasons(request: select.Request) -> Iterator[str]:
     yield from select.needs_device(request, "cpu")
     yield from select.needs_dtype(request, *_EXTENSION_DTYPES)
-    if reason := extension.missing():
-        yield reason
+    yield from select.needs_host_extension(request)
 
 
 def _cuda_reasons(request: select.Request) -> Iterator[str]:
     yield from select.needs_device(request, "cuda")
     yield from select.needs_dtype(request, *_EXTENSION_DTYPES)
-    if reason := extension.missing_cuda():
-        yield reason
+    yield from select.needs_cuda_extension(request)
 
 
 _MODULE = "fastbert.ops.bias_dropout_residual"
@@ -64,11 +62,11 @@ def bias_dropout_residual(
         TypeError, ValueError: an argument has another dtype, shape or device than it must have.
         UnsupportedError: ``impl`` can't serve the call.
     """
-    checks.floating("x", x)
+    checks.rows("x", x)
     checks.floating("residual", residual)
     checks.shape("residual", residual, *x.shape)
     if bias is not None:
-        checks.shape("bias", bias, x.shape[-1])
+        checks.vector("bias", bias, x.shape[-1])
     checks.probability("p", p)
     checks.same_device(x=x, bias=bias, residual=residual)
     seed = checks.dropout_seed(p, seed, x.device)

@@ -16,13 +16,13 @@ def forward(x: Tensor, bias: Tensor | None, residual: Tensor, p: float, seed: Te
     cols = x.shape[-1]
     extension.module().bias_dropout_residual_forward_host(
         x.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        extension.address(bias),
         residual.data_ptr(),
         out.data_ptr(),
-        x.numel() // max(cols, 1),
+        x.numel() // cols,
         cols,
         extension.dtype_code(x.dtype),
-        0 if seed is None else seed.data_ptr(),
+        extension.address(seed),
         philox.threshold(p),
         philox.scale(p),
         torch.get_num_threads(),
@@ -35,23 +35,25 @@ def backward(dy: Tensor, p: float, seed: Tensor | None, has_bias: bool) -> tuple
     dy = dy.contiguous()
     dx = torch.empty_like(dy)
     cols = dy.shape[-1]
-    rows = dy.numel() // max(cols, 1)
+    rows = dy.numel() // cols
     library = extension.module()
-    dbias = dy.new_empty(cols if has_bias else 0)
-    scratch = dy.new_empty(
-        library.bias_dropout_residual_backward_scratch(rows, cols) if has_bias else 0, dtype=torch.float32
+    dbias = dy.new_empty(cols) if has_bias else None
+    scratch = (
+        dy.new_empty(library.bias_dropout_residual_backward_scratch(rows, cols), dtype=torch.float32)
+        if has_bias
+        else None
     )
     library.bias_dropout_residual_backward_host(
         dy.data_ptr(),
         dx.data_ptr(),
-        dbias.data_ptr() if has_bias else 0,
-        scratch.data_ptr() if has_bias else 0,
+        extension.address(dbias),
+        extension.address(scratch),
         rows,
         cols,
         extension.dtype_code(dy.dtype),
-        0 if seed is None else seed.data_ptr(),
+        extension.address(seed),
         philox.threshold(p),
         philox.scale(p),
         torch.get_num_threads(),
     )
-    return dx, dbias
+    return dx, dy.new_empty(0) if dbias is None else dbias

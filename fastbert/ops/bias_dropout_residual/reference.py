@@ -20,28 +20,18 @@ import torch
 from torch import Tensor
 
 from fastbert.backends import philox
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums and products are computed in."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _drop(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    if seed is None:
-        return x
-    return torch.where(philox.hidden_mask(seed, x.shape, p), x * philox.scale(p), 0.0)
+from fastbert.ops.formulas import compute_dtype, sum_rows
 
 
 def forward(x: Tensor, bias: Tensor | None, residual: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """residual + dropout(x + bias): ``[..., H]``; ``seed`` is None when nothing is dropped."""
     dtype = compute_dtype(x.dtype)
     hidden = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
-    return (residual.to(dtype) + _drop(hidden, p, seed)).to(x.dtype).contiguous()
+    return (residual.to(dtype) + philox.hidden_dropout(hidden, p, seed)).to(x.dtype).contiguous()
 
 
 def backward(dy: Tensor, p: float, seed: Tensor | None, has_bias: bool) -> tuple[Tensor, Tensor]:
     """(dx ``[..., H]``, dbias ``[H]``, or ``[0]`` without a bias); the gradient of the residual is ``dy`` itself."""
-    dx = _drop(dy.to(compute_dtype(dy.dtype)), p, seed)
-    dbias = dx.reshape(-1, dx.shape[-1]).sum(0).to(dy.dtype) if has_bias else dy.new_empty(0)
+    dx = philox.hidden_dropout(dy.to(compute_dtype(dy.dtype)), p, seed)
+    dbias = sum_rows(dx).to(dy.dtype) if has_bias else dy.new_empty(0)
     return dx.to(dy.dtype, copy=True, memory_format=torch.contiguous_format), dbias

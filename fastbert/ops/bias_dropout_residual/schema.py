@@ -10,9 +10,7 @@ from torch import Tensor
 from fastbert.backends import library
 
 
-def _forward_fake(
-    x: Tensor, bias: Tensor | None, residual: Tensor, p: float, seed: Tensor | None, impl: str
-) -> Tensor:
+def _forward_fake(x: Tensor, bias: Tensor | None, residual: Tensor, p: float, seed: Tensor | None, impl: str) -> Tensor:
     return x.new_empty(x.shape)
 
 

@@ -1,0 +1,61 @@
+"""The CUDA build of the compiled bias-dropout-residual: ``csrc/bias_dropout_residual/device.cu``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbert.backends import extension, philox
+
+
+def forward(x: Tensor, bias: Tensor | None, residual: Tensor, p: float, seed: Tensor | None) -> Tensor:
+    """residual + dropout(x + bias): ``[..., H]``."""
+    x, residual = x.contiguous(), residual.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    out = torch.empty_like(x)
+    cols = x.shape[-1]
+    with torch.cuda.device(x.device):
+        extension.module().bias_dropout_residual_forward_device(
+            x.data_ptr(),
+            extension.address(bias),
+            residual.data_ptr(),
+            out.data_ptr(),
+            x.numel() // cols,
+            cols,
+            extension.dtype_code(x.dtype),
+            extension.address(seed),
+            philox.threshold(p),
+            philox.scale(p),
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return out
+
+
+def backward(dy: Tensor, p: float, seed: Tensor | None, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """(dx ``[..., H]``, dbias ``[H]``, or ``[0]`` without a bias)."""
+    dy = dy.contiguous()
+    dx = torch.empty_like(dy)
+    cols = dy.shape[-1]
+    rows = dy.numel() // cols
+    library = extension.module()
+    dbias = dy.new_empty(cols) if has_bias else None
+    scratch = (
+        dy.new_empty(library.bias_dropout_residual_backward_scratch(rows, cols), dtype=torch.float32)
+        if has_bias
+        else None
+    )
+    with torch.cuda.device(dy.device):
+        library.bias_dropout_residual_backward_device(
+            dy.data_ptr(),
+            dx.data_ptr(),
+            extension.address(dbias),
+            extension.address(scratch),
+            rows,
+            cols,
+            extension.dtype_code(dy.dtype),
+            extension.address(seed),
+            philox.threshold(p),
+            philox.scale(p),
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return dx, dy.new_empty(0) if dbias is None else dbias

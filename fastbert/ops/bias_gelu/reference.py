@@ -1,0 +1,33 @@
+"""The oracle of bias-GELU: plain eager PyTorch.
+
+With ``Phi`` the normal distribution function, or its approximation by tanh (Hendrycks & Gimpel, arXiv:1606.08415,
+section 2), and ``h = x + bias``::
+
+    y = h * Phi(h)
+    dx = dy * (Phi(h) + h * Phi'(h))        dbias = sum over rows of dx
+
+===========  ==========================================================================
+computes in  float32 for 16-bit inputs, otherwise the dtype of ``x``
+supports     every device, floating dtype, size and stride
+===========  ==========================================================================
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastbert.ops import formulas
+
+
+def forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
+    """gelu(x + bias): ``[..., I]``."""
+    dtype = formulas.compute_dtype(x.dtype)
+    return formulas.gelu(x.to(dtype) + bias.to(dtype), approximate).to(x.dtype).contiguous()
+
+
+def backward(dy: Tensor, x: Tensor, bias: Tensor, approximate: str, output_mask: list[bool]) -> tuple[Tensor, Tensor]:
+    """(dx ``[..., I]``, dbias ``[I]``), ``[0]`` where ``output_mask`` leaves one out."""
+    dtype = formulas.compute_dtype(x.dtype)
+    dx = dy.to(dtype) * formulas.gelu_grad(x.to(dtype) + bias.to(dtype), approximate)
+    dbias = formulas.sum_rows(dx).to(bias.dtype) if output_mask[1] else bias.new_empty(0)
+    return dx.to(x.dtype).contiguous() if output_mask[0] else x.new_empty(0), dbias

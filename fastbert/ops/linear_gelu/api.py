@@ -1,0 +1,59 @@
+"""The public function ``linear_gelu``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbert.backends import checks, select
+from fastbert.ops.linear_gelu import schema  # noqa: F401  registers the op
+
+_MODULE = "fastbert.ops.linear_gelu"
+TABLE = select.Table(
+    "linear_gelu",
+    (
+        select.Implementation("torch", f"{_MODULE}.torch", select.nothing),
+        select.Implementation("reference", f"{_MODULE}.reference", select.nothing),
+    ),
+)
+
+
+def linear_gelu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, approximate: str = "none", impl: str | None = None
+) -> Tensor:
+    """``gelu(x @ weight.T + bias)``, GELU as in Hendrycks & Gimpel, arXiv:1606.08415.
+
+    Keeps the input of the GELU for the backward pass, and not its output. Under autocast ``x``, ``weight`` and
+    ``bias`` are cast to the autocast dtype first, as ``torch.nn.functional.linear`` does.
+
+    Args:
+        x: ``[..., H]``, any floating dtype and strides.
+        weight: ``[I, H]``.
+        bias: ``[I]``, or None.
+        approximate: "none" (by the error function) or "tanh".
+        impl: "torch", "reference", or None for the first of them that can serve the call.
+
+    Returns:
+        ``[..., I]``, contiguous, in the dtype that ``x`` and ``weight`` promote to, or under autocast in its dtype.
+
+    Raises:
+        TypeError, ValueError: an argument has another dtype, shape, device or value than it must have.
+        UnsupportedError: ``impl`` can't serve the call.
+    """
+    checks.rows("x", x)
+    checks.floating("weight", weight)
+    if weight.ndim != 2 or weight.shape[1] != x.shape[-1]:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; it must be (I, {x.shape[-1]})")
+    if bias is not None:
+        checks.vector("bias", bias, weight.shape[0])
+    checks.one_of("approximate", approximate, "none", "tanh")
+    checks.same_device(x=x, weight=weight, bias=bias)
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    else:
+        dtype = torch.promote_types(x.dtype, weight.dtype)
+    chosen = TABLE.choose(impl, select.Request(device, dtype))
+    bias = None if bias is None else bias.to(dtype)
+    output: Tensor = torch.ops.fastbert.linear_gelu(x.to(dtype), weight.to(dtype), bias, approximate, chosen)[0]
+    return output

@@ -1,0 +1,62 @@
+"""Two passes: the best ``bias_dropout_residual`` there is, then the best ``layer_norm``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import fastbert.ops.bias_dropout_residual
+import fastbert.ops.layer_norm  # noqa: F401  both register their ops
+from fastbert.backends import select
+
+_ops = torch.ops.fastbert
+
+
+def _best(op: str, x: Tensor, p: float = 0.0) -> str:
+    return select.table(op).choose(None, select.Request(x.device.type, x.dtype, p))
+
+
+def forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y ``[..., H]``, h ``[..., H]``, mean ``[...]``, rstd ``[...]``)."""
+    hidden = _ops.bias_dropout_residual(x, bias, residual, p, seed, _best("bias_dropout_residual", x, p))
+    y, mean, rstd = _ops.layer_norm(hidden, weight, ln_bias, eps, _best("layer_norm", x))
+    return y, hidden, mean, rstd
+
+
+def backward(
+    dy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    p: float,
+    seed: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    """(dresidual ``[..., H]``, dx ``[..., H]``, dbias, dweight, dln_bias ``[H]``).
+
+    The last three are ``[0]`` where ``output_mask`` leaves them out; dx is ``[0]`` without dropout, where it equals
+    dresidual.
+    """
+    needs_dbias, needs_dweight, needs_dln_bias = output_mask
+    dhidden, dweight, dln_bias = _ops.layer_norm_bwd(
+        dy, hidden, weight, mean, rstd, (True, needs_dweight, needs_dln_bias), _best("layer_norm", hidden)
+    )
+    if seed is None:
+        dx = hidden.new_empty(0)
+        rows = dhidden.reshape(-1, dhidden.shape[-1])
+        dbias = rows.sum(0) if needs_dbias else hidden.new_empty(0)
+    else:
+        dx, dbias = _ops.bias_dropout_residual_bwd(
+            dhidden, p, seed, needs_dbias, _best("bias_dropout_residual", hidden, p)
+        )
+    return dhidden, dx, dbias, dweight, dln_bias

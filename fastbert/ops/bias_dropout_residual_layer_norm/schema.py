@@ -1,0 +1,88 @@
+"""The ops ``fastbert::bias_dropout_residual_layer_norm`` and its backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbert.backends import library
+from fastbert.ops.formulas import compute_dtype
+
+
+def _forward_fake(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    mean = x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype))
+    return x.new_empty(x.shape), x.new_empty(x.shape), mean, torch.empty_like(mean)
+
+
+def _backward_fake(
+    dy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    p: float,
+    seed: Tensor | None,
+    output_mask: list[bool],
+    impl: str,
+) -> tuple[Tensor, ...]:
+    dbias = hidden.new_empty(hidden.shape[-1])
+    return hidden.new_empty(hidden.shape), *library.empty_where_masked(
+        (hidden, dbias, weight, weight), (seed is not None, *output_mask)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, _, weight, _, _, ctx.p, seed, ctx.impl = inputs
+    _, hidden, mean, rstd = output
+    ctx.mark_non_differentiable(hidden, mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, mean, rstd, seed)
+
+
+def _autograd(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+    hidden, weight, mean, rstd, seed = ctx.saved_tensors
+    needs_dx, needs_dbias, needs_dresidual, needs_dweight, needs_dln_bias = ctx.needs_input_grad[:5]
+    mask = (needs_dbias, needs_dweight, needs_dln_bias)
+    dresidual, dx, *parameters = torch.ops.fastbert.bias_dropout_residual_layer_norm_bwd(
+        dy, hidden, weight, mean, rstd, ctx.p, seed, mask, ctx.impl
+    )
+    dbias, dweight, dln_bias = library.none_where_masked(parameters, mask)
+    if seed is None:
+        dx = dresidual
+    return (
+        dx if needs_dx else None,
+        dbias,
+        dresidual if needs_dresidual else None,
+        dweight,
+        dln_bias,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+library.define(
+    "bias_dropout_residual_layer_norm",
+    forward="(Tensor x, Tensor? bias, Tensor residual, Tensor weight, Tensor ln_bias, float eps, float p, Tensor? seed,"
+    " str impl) -> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)",
+    forward_fake=_forward_fake,
+    backward="(Tensor dy, Tensor hidden, Tensor weight, Tensor mean, Tensor rstd, float p, Tensor? seed,"
+    " bool[3] output_mask, str impl)"
+    " -> (Tensor dresidual, Tensor dx, Tensor dbias, Tensor dweight, Tensor dln_bias)",
+    backward_fake=_backward_fake,
+    setup_context=_setup_context,
+    autograd=_autograd,
+)

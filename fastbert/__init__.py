@@ -1,1 +1,50 @@
-"""A performance-optimised BERT for PyTorch: a drop-in replacement for Hugging Face's ``BertModel`` and its heads."""
+"""A performance-optimised BERT for PyTorch: a drop-in replacement for Hugging Face's ``BertModel`` and its heads.
+
+``from fastbert import BertModel`` instead of ``from transformers import BertModel``; or :func:`accelerate` on a model
+that is already loaded; or :func:`patch` in front of code that can't be edited. :func:`explain` tells what runs where
+and why. The fused operations themselves are in :mod:`fastbert.ops`.
+"""
+
+from fastbert import ops
+from fastbert._version import __version__
+from fastbert.backends.select import UnsupportedError
+from fastbert.models import interface
+from fastbert.models.bert import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForMultipleChoice,
+    BertForNextSentencePrediction,
+    BertForPreTraining,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertLMHeadModel,
+    BertModel,
+    BertPreTrainedModel,
+)
+from fastbert.models.convert import accelerate, patch, patched, unpatch
+from fastbert.models.explain import explain
+
+interface.register()
+
+__all__ = [
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertForMultipleChoice",
+    "BertForNextSentencePrediction",
+    "BertForPreTraining",
+    "BertForQuestionAnswering",
+    "BertForSequenceClassification",
+    "BertForTokenClassification",
+    "BertLMHeadModel",
+    "BertModel",
+    "BertPreTrainedModel",
+    "UnsupportedError",
+    "__version__",
+    "accelerate",
+    "explain",
+    "ops",
+    "patch",
+    "patched",
+    "unpatch",
+]

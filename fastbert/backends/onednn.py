@@ -1,0 +1,128 @@
+"""Linear layers of CPU inference: oneDNN matrix products with prepacked weights and fused post-operations.
+
+torch's CPU builds carry the two operators that Inductor uses when it freezes weights: one reorders a weight into the
+layout of oneDNN's kernels, the other multiplies by it and applies bias, GELU or an addition while the result is still
+in cache. The reordered copy is private: it is held here, keyed on the module that owns the weight, never saved, and
+rebuilt when the weight has changed.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from functools import cache
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+# Writes through ``.data`` leave a tensor's version counter alone, so a few of its elements are compared as well.
+_SAMPLES = 64
+
+
+class PackedLinear(NamedTuple):
+    """A reordered weight ``[N, K]`` (opaque) and its bias ``[N]``, or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class _Entry(NamedTuple):
+    stamp: tuple[object, ...]
+    samples: tuple[Tensor, ...]
+    packed: PackedLinear
+
+
+_entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+@cache
+def missing(dtype: torch.dtype) -> str | None:
+    """Why prepacked linears can't be used in ``dtype``, in one sentence; None when they can."""
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"oneDNN's prepacked linear computes in float32, bfloat16 and float16, not in {dtype}"
+    if not torch.backends.mkldnn.is_available():
+        return "this build of torch has no oneDNN (torch.backends.mkldnn.is_available() is False)"
+    try:
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return "oneDNN has no bfloat16 kernels for this processor"
+        if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
+            return "oneDNN has no float16 kernels for this processor"
+        x = torch.ones(2, 8, dtype=dtype)
+        weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(8, 8, dtype=dtype))
+        y = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+        torch.ops.mkldnn._linear_pointwise(x, weight, None, "gelu", [], "none")
+        torch.ops.mkldnn._linear_pointwise.binary(x, y, weight, None, "add")
+    except (AttributeError, RuntimeError, NotImplementedError) as error:
+        return f"this build of torch can't run oneDNN's prepacked linear ({str(error).splitlines()[0]})"
+    if not torch.equal(y, torch.full((2, 8), 8.0, dtype=dtype)):
+        return "oneDNN's prepacked linear gives a wrong product on this processor"
+    return None
+
+
+def unsupported(x: Tensor, linears: Sequence[nn.Linear]) -> str | None:
+    """Why ``x`` can't be multiplied by the prepacked weights of ``linears``, in one sentence; None when it can."""
+    if x.device.type != "cpu":
+        return f"prepacked linears run on the cpu, and the tensors are on {x.device.type}"
+    if torch.compiler.is_compiling():
+        return "the model is being traced, and a prepacked weight is no part of a graph"
+    weight = linears[0].weight
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        return "gradients are needed, and a prepacked weight has none (use torch.no_grad() or torch.inference_mode())"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on, which casts the weights at every use"
+    if x.dtype != weight.dtype:
+        return f"the input is {x.dtype} and the weight {weight.dtype}"
+    if weight.is_inference():
+        return "the weight was made in inference mode, where torch doesn't tell whether it has changed"
+    return missing(weight.dtype)
+
+
+def pack(owner: nn.Module, linears: Sequence[nn.Linear]) -> PackedLinear:
+    """The prepacked weight of one linear layer, or of several side by side (their outputs are concatenated).
+
+    The copy belongs to ``owner`` and is rebuilt if a weight or bias has another address, dtype, shape or version
+    counter than before, or if one of a few sampled elements differs.
+    """
+    parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
+    stamp = tuple((p.data_ptr(), p._version, p.dtype, p.shape) for p in parameters)
+    entry = _entries.get(owner)
+    if entry is not None and entry.stamp == stamp and all(map(torch.equal, _sample(parameters), entry.samples)):
+        return entry.packed
+    with torch.no_grad(), _lock:
+        weight = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight.detach()
+        biases = [linear.bias for linear in linears]
+        bias = None if biases[0] is None else torch.cat(biases)
+        packed = PackedLinear(torch.ops.mkldnn._reorder_linear_weight(weight), bias)
+        _entries[owner] = _Entry(stamp, tuple(sample.clone() for sample in _sample(parameters)), packed)
+    return packed
+
+
+def drop(owner: nn.Module) -> None:
+    """Forget the prepacked weight of ``owner``, if there is one."""
+    _entries.pop(owner, None)
+
+
+def linear(x: Tensor, packed: PackedLinear) -> Tensor:
+    """xWᵀ + b: ``[..., K]`` -> ``[..., N]``."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "none", [], "")
+    return y
+
+
+def linear_gelu(x: Tensor, packed: PackedLinear, approximate: str) -> Tensor:
+    """gelu(xWᵀ + b), the activation applied inside the product; ``approximate`` is "none" (erf) or "tanh"."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed.weight, packed.bias, "gelu", [], approximate)
+    return y
+
+
+def linear_add(x: Tensor, packed: PackedLinear, other: Tensor) -> Tensor:
+    """xWᵀ + b + other, the addition inside the product; ``other`` is ``[..., N]``, contiguous."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, packed.weight, packed.bias, "add")
+    return y
+
+
+def _sample(parameters: Sequence[Tensor]) -> list[Tensor]:
+    flat = [p.detach().reshape(-1) for p in parameters]
+    return [f[:: max(1, f.numel() // _SAMPLES)] for f in flat]

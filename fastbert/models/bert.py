@@ -1,0 +1,373 @@
+"""``BertModel`` and every head: Hugging Face's classes, with their names, parameters, arguments and outputs.
+
+The architecture is that of Devlin et al., "BERT: Pre-training of Deep Bidirectional Transformers for Language
+Understanding", arXiv:1810.04805, section 3. ``BertModel.forward`` goes one of two ways:
+
+* packed: padding is removed once at the embeddings and put back (as zeros) once at the end;
+* padded: Hugging Face's own forward, for what packing can't serve; ``BertModel.route`` holds the reason. The parts in
+  ``layers.py`` fuse what they can there too.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.models.bert import modeling_bert as hf
+from transformers.utils import output_capturing
+
+from fastbert.backends import philox
+from fastbert.models import inputs, layers, packing
+
+BertConfig = hf.BertConfig
+BertPreTrainedModel = hf.BertPreTrainedModel
+
+PACKED = "packed"
+
+# Arguments that change neither the layout nor the attention of the encoder.
+_NEUTRAL_ARGUMENTS = frozenset({"output_hidden_states", "return_dict", "num_items_in_batch"})
+_SEQUENCE_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+_IGNORED_LABEL = -100
+
+
+class BertModel(hf.BertModel):
+    """Hugging Face's ``BertModel`` that computes nothing for padding.
+
+    Attributes:
+        route: how the last eager forward went: "packed", or the reason why it was padded.
+    """
+
+    route: str | None = None
+
+    def __init__(self, config: BertConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config, add_pooling_layer)
+        fuse(self)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As Hugging Face's, except that positions which ``attention_mask`` excludes come out as zeros.
+
+        Args:
+            input_ids: int32 or int64 ``[B, S]``; or ``inputs_embeds`` ``[B, S, H]``.
+            attention_mask: ``[B, S]`` of any dtype, nonzero where a token is; boolean, 0/1 or additive
+                ``[B, 1, S, S]``; or None.
+            token_type_ids, position_ids: int32 or int64 ``[B, S]`` or ``[1, S]``.
+            encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache: for decoders, as in Hugging Face.
+            **kwargs: those of Hugging Face; and ``cu_seq_lens_q`` (int32 ``[N + 1]``) and ``max_length_q`` with a batch
+                of one row that holds N sequences one after the other, which then attend within themselves and count
+                their positions from zero. ``read_positions`` (bool ``[B, S]``, or "all") marks positions whose state
+                the caller will use even where they are padding.
+
+        Returns:
+            ``BaseModelOutputWithPoolingAndCrossAttentions``, or a tuple with ``return_dict=False``.
+
+        Raises:
+            TypeError, ValueError, IndexError: inputs that can't be served; see ``inputs.check``.
+        """
+        read = kwargs.pop("read_positions", None)
+        sequences = {name: kwargs.pop(name) for name in _SEQUENCE_ARGUMENTS if kwargs.get(name) is not None}
+        attention_mask = inputs.boolean_4d(attention_mask, self.config._attn_implementation)
+        if encoder_hidden_states is None and past_key_values is None:
+            inputs.check(self.config, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        reason = self._padded_reason(
+            attention_mask,
+            encoder_hidden_states=encoder_hidden_states,
+            past_key_values=past_key_values,
+            **kwargs,
+        )
+        packed = None
+        if reason is None:
+            embedded = input_ids if input_ids is not None else inputs_embeds
+            assert embedded is not None
+            packed, reason = self._pack(embedded, attention_mask, read, sequences)
+        if not torch.compiler.is_compiling():
+            self.route = reason or PACKED
+        if packed is not None:
+            return self._forward_packed(packed, input_ids, token_type_ids, position_ids, inputs_embeds, **kwargs)
+        if sequences and not self.config._attn_implementation.startswith("flash"):
+            raise ValueError(f"{', '.join(sequences)} can't be honoured here, since {reason}")
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **sequences,
+            **kwargs,
+        )
+
+    def _forward_packed(
+        self,
+        packed: packing.Packing,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        outputs = self._encode(
+            packed, input_ids, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
+        )
+        if outputs.hidden_states is not None:
+            *packed_states, last = outputs.hidden_states
+            outputs["hidden_states"] = (*(s if s is None else packed.unpack(s) for s in packed_states), last)
+        if return_dict is None:
+            return_dict = self.config.return_dict
+        return outputs if return_dict else outputs.to_tuple()
+
+    @output_capturing.capture_outputs
+    def _encode(
+        self,
+        packed: packing.Packing,
+        input_ids: Tensor | None,
+        token_type_ids: Tensor | None,
+        position_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        seeds = None
+        if self.training and (self.config.hidden_dropout_prob or self.config.attention_probs_dropout_prob):
+            count = 1 + layers.SEEDS_PER_LAYER * len(self.encoder.layer)
+            seeds = philox.new_seeds(count, packed.cu_seqlens.device)
+        hidden_states = self.embeddings(
+            input_ids=input_ids,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            packing=packed,
+            seed=None if seeds is None else seeds[0],
+        )
+        encoded = self.encoder(hidden_states, packing=packed, seeds=seeds).last_hidden_state
+        sequence_output = packed.unpack(encoded)
+        pooled_output = None
+        if self.pooler is not None:
+            pooled_output = self.pooler(sequence_output)
+            if packed.valid is not None:
+                # A graph can't choose the padded way by what is in the mask, so say loudly what it can't compute.
+                lost = ~packed.valid[:, 0] & packed.valid.any(1)
+                pooled_output = pooled_output.masked_fill(lost.unsqueeze(1), float("nan"))
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=sequence_output, pooler_output=pooled_output
+        )
+
+    def _pack(
+        self, embedded: Tensor, mask: Tensor | None, read: Tensor | str | None, sequences: dict[str, Any]
+    ) -> tuple[packing.Packing | None, str | None]:
+        """The packing of a batch, or the reason why it stays padded."""
+        batch, seqlen = embedded.shape[:2]
+        if sequences:
+            if batch != 1 or mask is not None or "cu_seq_lens_q" not in sequences:
+                raise ValueError(
+                    f"{', '.join(sequences)} come with a batch of {batch} rows; cu_seq_lens_q is needed, with one row "
+                    "that holds all sequences and no attention_mask"
+                )
+            return packing.from_sequences(sequences["cu_seq_lens_q"], sequences.get("max_length_q"), seqlen), None
+        if mask is None:
+            return packing.full(batch, seqlen, embedded.device), None
+        mask = mask.to(device=embedded.device, dtype=torch.bool)
+        if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+            if read is not None:
+                return None, "a traced head uses the states of padded positions, as its labels may be there"
+            return packing.from_mask_static(mask), None
+        if isinstance(read, str):
+            read = torch.ones_like(mask)
+        elif read is not None:
+            read = read.reshape(mask.shape).to(mask.device)
+        if self.pooler is not None:
+            first = torch.zeros_like(mask)
+            first[:, 0] = True
+            read = first if read is None else read | first
+        packed = packing.from_mask(mask, read)
+        if packed is None:
+            return None, "the head or the pooler uses the states of padded positions"
+        return packed, None
+
+    def _padded_reason(self, mask: Tensor | None, **kwargs: Any) -> str | None:
+        """Why a batch must stay padded whatever its padding is, in one sentence; None when it can be packed."""
+        if reason := static_padded_reason(self):
+            return reason
+        if mask is not None and mask.dim() == 4:
+            return "a 4-D attention_mask is given, and packed attention knows sequences only"
+        for name, value in kwargs.items():
+            if name not in _NEUTRAL_ARGUMENTS and value is not None and value is not False:
+                return f"{name} is given, which only the padded way serves"
+        return None
+
+
+def static_padded_reason(model: hf.BertModel) -> str | None:
+    """Why no batch of ``model`` can be packed, in one sentence; None when one can.
+
+    It looks at the configuration and at the modules, not at inputs.
+    """
+    config = model.config
+    if config.is_decoder or config.add_cross_attention:
+        return "the model is a decoder, which attends to the past only"
+    if getattr(config, "is_causal", False):
+        return "the configuration has is_causal=True"
+    if config.output_attentions:
+        return "the configuration has output_attentions=True, and packed attention never forms the probabilities"
+    if config._attn_implementation not in ("sdpa", "fastbert"):
+        return f"attn_implementation={config._attn_implementation!r} was asked for"
+    if config.chunk_size_feed_forward:
+        return f"chunk_size_feed_forward={config.chunk_size_feed_forward} counts padded positions"
+    if reason := layers.unserved(model.embeddings.LayerNorm.weight):
+        return reason
+    return _replaced_part(model) or _hooked_part(model)
+
+
+def _replaced_part(model: hf.BertModel) -> str | None:
+    parts: list[tuple[str, nn.Module, type[nn.Module]]] = [
+        ("embeddings", model.embeddings, layers.BertEmbeddings),
+        ("encoder", model.encoder, hf.BertEncoder),
+    ]
+    for index, layer in enumerate(model.encoder.layer):
+        path = f"encoder.layer.{index}"
+        if not isinstance(layer, layers.BertLayer):
+            return _replaced(path, layer)
+        parts += [
+            (f"{path}.attention", layer.attention, layers.BertAttention),
+            (f"{path}.attention.self", layer.attention.self, layers.BertSelfAttention),
+            (f"{path}.attention.output", layer.attention.output, layers.BertSelfOutput),
+            (f"{path}.intermediate", layer.intermediate, layers.BertIntermediate),
+            (f"{path}.output", layer.output, layers.BertOutput),
+        ]
+    return next((_replaced(path, part) for path, part, kind in parts if not isinstance(part, kind)), None)
+
+
+def _replaced(path: str, part: nn.Module) -> str:
+    return f"{path} is a {type(part).__module__}.{type(part).__qualname__}, which knows padded states only"
+
+
+def _hooked_part(model: hf.BertModel) -> str | None:
+    for module in (model.embeddings, model.encoder):
+        for part in module.modules():
+            # The hooks of the word embeddings always see [B, S, H].
+            if part is not model.embeddings.word_embeddings and (hook := layers.foreign_hook(part)):
+                return f"a {type(part).__name__} has a hook ({hook}), which may expect padded states"
+    return None
+
+
+class _Head(BertPreTrainedModel):  # type: ignore[misc]
+    """What every head adds to Hugging Face's: the fused encoder, and a loss that Trainer divides itself."""
+
+    # The losses are means over the batch at hand and take no token count. Said so, Trainer divides them by the number
+    # of accumulation steps; otherwise it would make an update that many times too large.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__(config)
+        fuse(self)
+
+
+def _reading(forward: Callable[..., Any], labels_only: bool = True) -> Callable[..., Any]:
+    """``forward`` of a head that uses the states of padded positions: those that have a label, or all."""
+    position = list(inspect.signature(forward).parameters).index("labels") - 1 if labels_only else 0
+
+    @functools.wraps(forward)
+    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        read: Tensor | str | None = "all"
+        if labels_only:
+            labels = args[position] if len(args) > position else kwargs.get("labels")
+            read = None if labels is None else labels != _IGNORED_LABEL
+        return forward(self, *args, read_positions=read, **kwargs)
+
+    return wrapper
+
+
+class BertForPreTraining(_Head, hf.BertForPreTraining):
+    """Masked language modelling and next sentence prediction; arguments and outputs of Hugging Face's class."""
+
+    forward = _reading(hf.BertForPreTraining.forward)
+
+
+class BertLMHeadModel(_Head, hf.BertLMHeadModel):
+    """Left-to-right language modelling; arguments and outputs of Hugging Face's class."""
+
+    # Its loss honours Trainer's token count.
+    accepts_loss_kwargs = True
+
+
+class BertForMaskedLM(_Head, hf.BertForMaskedLM):
+    """Masked language modelling; arguments and outputs of Hugging Face's class."""
+
+    forward = _reading(hf.BertForMaskedLM.forward)
+
+
+class BertForNextSentencePrediction(_Head, hf.BertForNextSentencePrediction):
+    """Next sentence prediction; arguments and outputs of Hugging Face's class."""
+
+
+class BertForSequenceClassification(_Head, hf.BertForSequenceClassification):
+    """Classification or regression of whole sequences; arguments and outputs of Hugging Face's class."""
+
+
+class BertForMultipleChoice(_Head, hf.BertForMultipleChoice):
+    """Choice between several continuations; arguments and outputs of Hugging Face's class."""
+
+
+class BertForTokenClassification(_Head, hf.BertForTokenClassification):
+    """Classification of each token; arguments and outputs of Hugging Face's class."""
+
+    forward = _reading(hf.BertForTokenClassification.forward)
+
+
+class BertForQuestionAnswering(_Head, hf.BertForQuestionAnswering):
+    """Extraction of an answer's span; arguments and outputs of Hugging Face's class.
+
+    A softmax over all positions, padded ones included, gives the span, so a batch with padding stays padded.
+    """
+
+    forward = _reading(hf.BertForQuestionAnswering.forward, labels_only=False)
+
+
+HEADS: tuple[type[hf.BertPreTrainedModel], ...] = (
+    BertForPreTraining,
+    BertLMHeadModel,
+    BertForMaskedLM,
+    BertForNextSentencePrediction,
+    BertForSequenceClassification,
+    BertForMultipleChoice,
+    BertForTokenClassification,
+    BertForQuestionAnswering,
+)
+# The fused class of each of Hugging Face's models.
+MODELS: dict[type[nn.Module], type[nn.Module]] = {getattr(hf, c.__name__): c for c in (BertModel, *HEADS)}
+
+
+def fuse(root: nn.Module) -> list[str]:
+    """Change each of Hugging Face's BERT modules below ``root`` into the fused class of the same name, in place.
+
+    Parameters, buffers, hooks and tree stay as they are. Returns the paths of the modules that were changed.
+    """
+    changed = []
+    for path, module in root.named_modules():
+        fused = MODELS.get(type(module)) or layers.FUSED.get(type(module))
+        if fused is None:
+            continue
+        module.__class__ = fused
+        changed.append(path)
+        if isinstance(module, BertPreTrainedModel):
+            # Hugging Face records which outputs a class can capture when the class is first constructed.
+            dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
+    return changed

@@ -1,0 +1,91 @@
+"""Fusing models that are already loaded, and code that can't be edited: ``accelerate``, ``patch``, ``unpatch``."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+from collections.abc import Iterator
+from types import ModuleType
+from typing import TypeVar
+
+from torch import nn
+
+from fastbert.models import bert
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+_ABSENT = object()
+_lock = threading.Lock()
+# What ``patch`` replaced: (module, name) -> the attribute that was there, or _ABSENT.
+_replaced: dict[tuple[ModuleType, str], object] = {}
+
+
+def accelerate(model: _Model, strict: bool = False) -> _Model:
+    """Fuse every Hugging Face BERT inside ``model``, in place, and return ``model``.
+
+    Weights, hooks and the module tree stay as they are; only the classes of BERT's modules change, so it works on
+    anything that holds a BERT: a head, a ``SentenceTransformer``, a PEFT model, an ``EncoderDecoderModel``.
+
+    Args:
+        model: any module.
+        strict: raise where nothing could be fused.
+
+    Raises:
+        ValueError: ``strict``, and ``model`` holds no BERT, or none of those it holds can be packed; the message says
+            why.
+    """
+    bert.fuse(model)
+    if strict:
+        found = {path or "the model": part for path, part in model.named_modules() if isinstance(part, bert.BertModel)}
+        if not found:
+            kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+            raise ValueError(f"model holds no BERT of Hugging Face's to fuse; it is {type(model).__name__} ({kind})")
+        reasons = {path: bert.static_padded_reason(part) for path, part in found.items()}
+        if all(reasons.values()):
+            told = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
+            raise ValueError(f"no BERT in model can be packed: {told}")
+    return model
+
+
+def patch() -> None:
+    """Make ``transformers`` give fastbert's classes, until ``unpatch``.
+
+    ``from transformers import BertModel``, the Auto classes and all code that looks the names up after this call get
+    fastbert's ``BertModel`` and heads. Names imported before keep the classes they had. Patching twice does nothing.
+    """
+    with _lock:
+        if _replaced:
+            return
+        modules = [importlib.import_module(name) for name in _PATCHED_MODULES]
+        for module in modules:
+            for original, fused in bert.MODELS.items():
+                name = original.__name__
+                _replaced[module, name] = module.__dict__.get(name, _ABSENT)
+                setattr(module, name, fused)
+
+
+def unpatch() -> None:
+    """Undo ``patch``: every name in ``transformers`` is what it was. Without a patch it does nothing."""
+    with _lock:
+        for (module, name), original in _replaced.items():
+            if original is _ABSENT:
+                delattr(module, name)
+            else:
+                setattr(module, name, original)
+        _replaced.clear()
+
+
+@contextlib.contextmanager
+def patched() -> Iterator[None]:
+    """``patch`` for the length of a ``with`` block; an outer ``patch`` stays in force after it."""
+    outer = bool(_replaced)
+    patch()
+    try:
+        yield
+    finally:
+        if not outer:
+            unpatch()
+
+
+_PATCHED_MODULES = ("transformers", "transformers.models.bert", "transformers.models.bert.modeling_bert")

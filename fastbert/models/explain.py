@@ -1,0 +1,128 @@
+"""Which implementation each part of a model uses, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers.models.bert import modeling_bert
+
+from fastbert.backends import onednn, select
+from fastbert.models import bert, layers
+
+# Looked up once: ``fastbert.patch`` changes what the name means.
+_HuggingFaceBertModel = modeling_bert.BertModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One row of an explanation: a part of the model, what computes it, and why it isn't something faster."""
+
+    path: str
+    part: str
+    implementation: str
+    reason: str
+
+
+def explain(model: nn.Module) -> list[Part]:
+    """Print, and return as data, which implementation each part of every BERT in ``model`` uses and why.
+
+    It tells of the model as it is now (its modules, device, dtype and mode), for a forward pass without gradients in
+    ``eval`` mode and with gradients in ``train`` mode; and how the last forward pass was laid out.
+    """
+    rows = [row for path, module in model.named_modules() for row in _explain_module(path or "model", module)]
+    if not rows:
+        rows = [Part("model", type(model).__name__, "unchanged", "it holds no BERT of Hugging Face's")]
+    table = Table("path", "part", "implementation", "why", title="fastbert.explain")
+    for row in rows:
+        table.add_row(*dataclasses.astuple(row))
+    Console().print(table)
+    return rows
+
+
+def _explain_module(path: str, module: nn.Module) -> list[Part]:
+    if isinstance(module, bert.BertModel):
+        return [*_layout(path, module), *_parts(path, module)]
+    if isinstance(module, _HuggingFaceBertModel):
+        return [Part(path, "BertModel", "Hugging Face", "fastbert.accelerate(model) has not been called on it")]
+    return []
+
+
+def _layout(path: str, model: bert.BertModel) -> list[Part]:
+    reason = bert.static_padded_reason(model)
+    rows = [Part(path, "layout", "padded" if reason else bert.PACKED, reason or "padding is removed at the embeddings")]
+    if model.route is not None and not reason:
+        packed = model.route == bert.PACKED
+        rows.append(Part(path, "last forward", bert.PACKED if packed else "padded", "" if packed else model.route))
+    return rows
+
+
+def _parts(path: str, model: bert.BertModel) -> list[Part]:
+    weight = model.embeddings.LayerNorm.weight
+    config = model.config
+    training = model.training
+    hidden_p, probs_p = (config.hidden_dropout_prob, config.attention_probs_dropout_prob) if training else (0.0, 0.0)
+    hidden = select.Request(weight.device.type, weight.dtype, float(hidden_p))
+    attention = dataclasses.replace(
+        hidden, dropout_p=float(probs_p), head_size=config.hidden_size // config.num_attention_heads
+    )
+    rows = [_fused_or_op(f"{path}.embeddings", "embeddings", model.embeddings, "embedding_layer_norm", hidden)]
+    layout_reason = bert.static_padded_reason(model)
+    for index, layer in enumerate(model.encoder.layer):
+        where = f"{path}.encoder.layer.{index}"
+        if not isinstance(layer, layers.BertLayer):
+            continue
+        attend = layer.attention.self
+        rows.append(_linear(f"{where}.attention.self", "query, key, value", attend, training, "one product"))
+        if layout_reason:
+            rows.append(Part(f"{where}.attention.self", "attention", config._attn_implementation, layout_reason))
+        else:
+            rows.append(_op(f"{where}.attention.self", "attention", "attention", attention))
+        for name, part in (("attention.output", layer.attention.output), ("output", layer.output)):
+            rows.append(
+                _fused_or_op(
+                    f"{where}.{name}", "dense, dropout, residual, LayerNorm", part,
+                    "bias_dropout_residual_layer_norm", hidden, training,
+                )
+            )  # fmt: skip
+        rows.append(
+            _fused_or_op(f"{where}.intermediate", "dense, GELU", layer.intermediate, "linear_gelu", hidden, training)
+        )
+    return rows
+
+
+def _fused_or_op(
+    path: str, part: str, module: nn.Module, op: str, request: select.Request, training: bool | None = None
+) -> Part:
+    reason = module.unfused() if hasattr(module, "unfused") else f"it is a {type(module).__name__}"
+    if reason:
+        return Part(path, part, "Hugging Face", reason)
+    dense = getattr(module, "dense", None)
+    if training is False and dense is not None:
+        row = _linear(path, part, module, training, "post-operation in the product")
+        if row.implementation.startswith("onednn"):
+            return row
+    return _op(path, part, op, request)
+
+
+def _op(path: str, part: str, op: str, request: select.Request) -> Part:
+    rows = select.table(op).explain(request)
+    chosen = next(row for row in rows if row.chosen)
+    passed_over = [f"{row.implementation}: {'; '.join(row.reasons)}" for row in rows[: rows.index(chosen)]]
+    return Part(path, part, f"ops.{op}: {chosen.implementation}", "; ".join(passed_over) or "first choice")
+
+
+def _linear(path: str, part: str, module: nn.Module, training: bool, gain: str) -> Part:
+    reason: str | None = module.unfused()  # type: ignore[operator]
+    if reason:
+        return Part(path, part, "modules, one by one", reason)
+    dense = getattr(module, "dense", None) or module.query
+    assert isinstance(dense, nn.Linear)
+    if training:
+        return Part(path, part, "torch linear", "gradients are needed, and a prepacked weight has none")
+    with torch.no_grad():
+        reason = onednn.unsupported(dense.weight, [dense])
+    return Part(path, part, "torch linear", reason) if reason else Part(path, part, "onednn prepacked", gain)

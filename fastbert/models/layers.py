@@ -1,0 +1,376 @@
+"""The parts of a BERT layer with their computations fused: subclasses of Hugging Face's, with the same tree.
+
+Each of them keeps its parent's modules, parameters and name, and adds no state, so a loaded model is converted by
+changing the classes of its modules. Called as Hugging Face calls it, on padded ``[B, S, H]`` states, a part fuses what
+it can and gives its parent's result. Called with a ``Packing`` it works on packed ``[T, H]`` states.
+
+A module is bypassed, its weight used directly, only when it is exactly what it looks like: no subclass, no hook, no
+replaced ``forward``, no quantised or sharded weight. Otherwise it is called.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import activations
+from transformers.models.bert import modeling_bert as hf
+
+from fastbert import ops
+from fastbert.backends import onednn
+from fastbert.models.packing import Packing
+
+# The seeds that one layer takes: attention probabilities, attention output, layer output.
+SEEDS_PER_LAYER = 3
+
+_GELU = {
+    activations.GELUActivation: "none",
+    activations.GELUTanh: "tanh",
+    activations.NewGELUActivation: "tanh",
+    activations.FastGELUActivation: "tanh",
+}
+
+
+def foreign_hook(module: nn.Module) -> str | None:
+    """The name of a hook on ``module`` that torch or Hugging Face didn't set for purposes of their own, or None.
+
+    Theirs gather and free sharded weights, mask pruned ones, or capture hidden states: no shape matters to them.
+    """
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
+        for hook in hooks.values():
+            while isinstance(hook, functools.partial):
+                hook = hook.func
+            origin = getattr(hook, "__module__", None) or type(hook).__module__
+            if not origin.startswith(("torch.", "transformers.utils.output_capturing")):
+                return getattr(hook, "__qualname__", type(hook).__qualname__)
+    return None
+
+
+def unusual(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Why ``module`` must be called and can't be bypassed, in one sentence; None when it is a plain ``kind``."""
+    if type(module) is not kind:
+        return f"it is a {type(module).__name__}, not a plain {kind.__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has a hook"
+    if "forward" in module.__dict__:
+        return "its forward has been replaced"
+    for name, parameter in module.named_parameters(recurse=False):
+        if type(parameter) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
+            return f"its {name} is a {type(parameter).__name__}"
+    return None
+
+
+def unusual_embedding(module: nn.Module) -> str | None:
+    """Why an embedding must be called and can't be bypassed, in one sentence; None when it is a plain lookup."""
+    if reason := unusual(module, nn.Embedding):
+        return reason
+    assert isinstance(module, nn.Embedding)
+    for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+        if getattr(module, option):
+            return f"it has {option}={getattr(module, option)}"
+    return None
+
+
+def unserved(x: Tensor) -> str | None:
+    """Why the ops can't work on ``x``, in one sentence; None when they can."""
+    if x.device.type not in ("cpu", "cuda"):
+        return f"the ops run on cpu and cuda, and the tensors are on {x.device.type}"
+    if not x.is_floating_point():
+        return f"the ops compute in floating point, and the dtype is {x.dtype}"
+    if torch.jit.is_tracing():
+        return "torch.jit.trace can't record the ops"
+    return None
+
+
+def gelu_approximation(activation: Callable[[Tensor], Tensor]) -> str | None:
+    """ "none" or "tanh" for an activation of the GELU family, None for any other."""
+    return _GELU.get(type(activation))
+
+
+def dropout_p(dropout: nn.Dropout) -> float:
+    """The probability of dropping an element in the module's present mode."""
+    return dropout.p if dropout.training else 0.0
+
+
+def _prepacked(owner: nn.Module, x: Tensor, *linears: nn.Linear) -> onednn.PackedLinear | None:
+    if onednn.unsupported(x, linears):
+        onednn.drop(owner)
+        return None
+    return onednn.pack(owner, linears)
+
+
+def _dense_dropout_residual_norm(
+    module: hf.BertSelfOutput | hf.BertOutput, hidden_states: Tensor, residual: Tensor, seed: Tensor | None
+) -> Tensor:
+    """LayerNorm(residual + dropout(dense(hidden_states)))."""
+    dense, norm, p = module.dense, module.LayerNorm, dropout_p(module.dropout)
+    bias: Tensor | None = None
+    if unusual(dense, nn.Linear):
+        projected = dense(hidden_states)
+    elif p == 0.0 and (packed := _prepacked(module, hidden_states, dense)):
+        added = onednn.linear_add(hidden_states, packed, residual)
+        return ops.layer_norm(added, norm.weight, norm.bias, norm.eps)
+    else:
+        projected, bias = F.linear(hidden_states, dense.weight), dense.bias
+    return ops.bias_dropout_residual_layer_norm(
+        projected, bias, residual, norm.weight, norm.bias, norm.eps, p=p, seed=seed
+    )
+
+
+def _norm_reason(module: nn.Module) -> str | None:
+    return unusual(module.LayerNorm, nn.LayerNorm) or unusual(module.dropout, nn.Dropout)  # type: ignore[arg-type]
+
+
+class BertEmbeddings(hf.BertEmbeddings):
+    """Sum of three lookups, LayerNorm and dropout."""
+
+    def unfused(self) -> str | None:
+        """Why the three lookups can't run as one op, in one sentence; None when they can."""
+        tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
+        return next((r for r in map(unusual_embedding, tables) if r), None) or _norm_reason(self)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values_length: int = 0,
+        packing: Packing | None = None,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """Hugging Face's arguments ``[B, S]``; ``[T, H]`` with a packing, otherwise ``[B, S, H]``."""
+        if packing is None:
+            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
+        shape = packing.shape
+        if position_ids is None:
+            position_ids = self._positions(packing)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros((1, 1), dtype=torch.int64, device=position_ids.device)
+        positions = packing.pack(position_ids.expand(shape))
+        types = packing.pack(token_type_ids.expand(shape))
+        p = dropout_p(self.dropout)
+        if inputs_embeds is None and self.unfused() is None:
+            assert input_ids is not None
+            return ops.embedding_layer_norm(
+                packing.pack(input_ids),
+                positions,
+                types,
+                self.word_embeddings.weight,
+                self.position_embeddings.weight,
+                self.token_type_embeddings.weight,
+                self.LayerNorm.weight,
+                self.LayerNorm.bias,
+                self.LayerNorm.eps,
+                p=p,
+                seed=seed,
+                padding_idx=self.word_embeddings.padding_idx,
+            )
+        if inputs_embeds is None:
+            inputs_embeds = self.word_embeddings(input_ids)
+        embeddings = packing.pack(inputs_embeds) + self.token_type_embeddings(types)
+        embeddings = embeddings + self.position_embeddings(positions)
+        return self.dropout(self.LayerNorm(embeddings))
+
+    def _positions(self, packing: Packing) -> Tensor:
+        """Positions count from the start of each sequence: int64 ``[1, S]``."""
+        batch, seqlen = packing.shape
+        place = torch.arange(seqlen, device=packing.cu_seqlens.device)
+        if packing.cu_seqlens.shape[0] == batch + 1:
+            return place.unsqueeze(0)
+        # One row of several sequences: subtract the start of the sequence that each token is in.
+        sequence = torch.searchsorted(packing.cu_seqlens, place.to(torch.int32), right=True) - 1
+        return (place - packing.cu_seqlens[sequence]).unsqueeze(0)
+
+
+class BertSelfAttention(hf.BertSelfAttention):
+    """Query, key and value in one product, then attention within each sequence."""
+
+    def unfused(self) -> str | None:
+        """Why the three projections can't run as one product, in one sentence; None when they can."""
+        for name in ("query", "key", "value"):
+            if reason := unusual(getattr(self, name), nn.Linear):
+                return f"{name}: {reason}"
+        biases = [self.query.bias, self.key.bias, self.value.bias]
+        if any(b is None for b in biases) and any(b is not None for b in biases):
+            return "only some of query, key and value have a bias"
+        return None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        packing: Packing | None = None,
+        seed: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face."""
+        if packing is None:
+            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+        context = ops.attention(
+            self._project(hidden_states).view(-1, 3, self.num_attention_heads, self.attention_head_size),
+            packing.cu_seqlens,
+            packing.max_seqlen,
+            scale=self.scaling,
+            dropout_p=dropout_p(self.dropout),
+            seed=seed,
+        )
+        return context.flatten(1), None
+
+    def _project(self, hidden_states: Tensor) -> Tensor:
+        """Query, key and value side by side: ``[T, H]`` -> ``[T, 3 * H]``."""
+        linears = (self.query, self.key, self.value)
+        if self.unfused():
+            return torch.cat([linear(hidden_states) for linear in linears], dim=-1)
+        if packed := _prepacked(self, hidden_states, *linears):
+            return onednn.linear(hidden_states, packed)
+        weight = torch.cat([linear.weight for linear in linears])
+        bias = None if self.query.bias is None else torch.cat([linear.bias for linear in linears])
+        return F.linear(hidden_states, weight, bias)
+
+
+class BertSelfOutput(hf.BertSelfOutput):
+    """Dense, dropout, residual and LayerNorm after attention."""
+
+    def unfused(self) -> str | None:
+        """Why what follows the product can't run as one op, in one sentence; None when it can."""
+        return _norm_reason(self)
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor, seed: Tensor | None = None) -> Tensor:
+        """``[..., H]`` and the residual ``[..., H]`` -> ``[..., H]``."""
+        if self.unfused() or unserved(hidden_states):
+            return super().forward(hidden_states, input_tensor)
+        return _dense_dropout_residual_norm(self, hidden_states, input_tensor, seed)
+
+
+class BertAttention(hf.BertAttention):
+    """Self-attention and its output; cross-attention is Hugging Face's."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        packing: Packing | None = None,
+        seeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face."""
+        if packing is None:
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
+            )
+        context, _ = self.self(hidden_states, packing=packing, seed=_at(seeds, 0))
+        return self.output(context, hidden_states, _at(seeds, 1)), None
+
+
+class BertIntermediate(hf.BertIntermediate):
+    """Dense and GELU."""
+
+    def unfused(self) -> str | None:
+        """Why product and activation can't run as one op, in one sentence; None when they can."""
+        if gelu_approximation(self.intermediate_act_fn) is None:
+            name = getattr(self.intermediate_act_fn, "__name__", type(self.intermediate_act_fn).__name__)
+            return f"the activation {name} is not of the GELU family"
+        return unusual(self.dense, nn.Linear) or unusual(self.intermediate_act_fn, type(self.intermediate_act_fn))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[..., H]`` -> ``[..., I]``."""
+        if self.unfused() or unserved(hidden_states):
+            return super().forward(hidden_states)
+        return _linear_gelu(self, self.dense, self.intermediate_act_fn, hidden_states)
+
+
+class BertOutput(hf.BertOutput):
+    """Dense, dropout, residual and LayerNorm after the activation."""
+
+    def unfused(self) -> str | None:
+        """Why what follows the product can't run as one op, in one sentence; None when it can."""
+        return _norm_reason(self)
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor, seed: Tensor | None = None) -> Tensor:
+        """``[..., I]`` and the residual ``[..., H]`` -> ``[..., H]``."""
+        if self.unfused() or unserved(hidden_states):
+            return super().forward(hidden_states, input_tensor)
+        return _dense_dropout_residual_norm(self, hidden_states, input_tensor, seed)
+
+
+class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):
+    """Dense, GELU and LayerNorm in front of the vocabulary."""
+
+    def unfused(self) -> str | None:
+        """Why product and activation can't run as one op, in one sentence; None when they can."""
+        if gelu_approximation(self.transform_act_fn) is None:
+            return f"the activation {type(self.transform_act_fn).__name__} is not of the GELU family"
+        return unusual(self.dense, nn.Linear) or unusual(self.transform_act_fn, type(self.transform_act_fn))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """``[..., H]`` -> ``[..., H]``."""
+        if self.unfused() or unserved(hidden_states):
+            return super().forward(hidden_states)
+        return self.LayerNorm(_linear_gelu(self, self.dense, self.transform_act_fn, hidden_states))
+
+
+class BertLayer(hf.BertLayer):
+    """One layer: attention, then the feed-forward product pair."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        packing: Packing | None = None,
+        seeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face.
+
+        ``seeds`` (int64 ``[1 + 3 * layers]``) are those of the whole model: one for the embeddings, then three for each
+        layer. They are arguments and not drawn here, so that a recomputed layer draws the same masks.
+        """
+        if packing is None:
+            return super().forward(
+                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
+            )
+        if seeds is not None:
+            first = 1 + SEEDS_PER_LAYER * self.attention.self.layer_idx
+            seeds = seeds[first : first + SEEDS_PER_LAYER]
+        attention_output, _ = self.attention(hidden_states, packing=packing, seeds=seeds)
+        return self.output(self.intermediate(attention_output), attention_output, _at(seeds, 2))
+
+
+def _linear_gelu(owner: nn.Module, dense: nn.Linear, activation: nn.Module, x: Tensor) -> Tensor:
+    approximate = gelu_approximation(activation)
+    assert approximate is not None
+    if packed := _prepacked(owner, x, dense):
+        return onednn.linear_gelu(x, packed, approximate)
+    return ops.linear_gelu(x, dense.weight, dense.bias, approximate=approximate)
+
+
+def _at(seeds: Tensor | None, index: int) -> Tensor | None:
+    return None if seeds is None else seeds[index]
+
+
+# The fused class of each of Hugging Face's parts.
+FUSED: dict[type[nn.Module], type[nn.Module]] = {
+    getattr(hf, part.__name__): part
+    for part in (
+        BertEmbeddings,
+        BertSelfAttention,
+        BertSelfOutput,
+        BertAttention,
+        BertIntermediate,
+        BertOutput,
+        BertLayer,
+        BertPredictionHeadTransform,
+    )
+}

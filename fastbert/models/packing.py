@@ -1,0 +1,89 @@
+"""Packing: a padded batch ``[B, S]`` becomes T tokens once, at the embeddings, and is padded again once, at the end.
+
+The tokens of all sequences stand one after the other; ``cu_seqlens`` holds where each begins. There are two sizes of
+T. Eagerly it is the number of valid tokens, so nothing is computed for padding, and knowing it costs one wait for the
+device. Under ``torch.compile``, ``torch.export`` and CUDA-graph capture nothing may depend on the data: T is B * S, the
+valid tokens come first in the same order, and attention skips the rest, which belong to no sequence.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Packing(NamedTuple):
+    """Where the tokens of a batch are.
+
+    ``cu_seqlens`` is int32 ``[B + 1]``, ``max_seqlen`` at least the longest sequence. ``indices`` (int64 ``[T]``) holds
+    for each packed token its place in the flattened ``[B * S]`` batch; None stands for all of them in order.
+    ``valid`` (bool ``[B, S]``) is set when T counts padding too (the static size). ``shape`` is (B, S).
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    indices: Tensor | None
+    valid: Tensor | None
+    shape: tuple[int, int]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """``[B, S, ...]`` -> ``[T, ...]``; padding that stays (static size) is set to zero in floating tensors."""
+        if self.valid is not None and x.is_floating_point():
+            x = torch.where(self.valid.unsqueeze(-1), x, 0.0)
+        x = x.flatten(0, 1)
+        return x if self.indices is None else x.index_select(0, self.indices)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """``[T, H]`` -> ``[B, S, H]``, zeros at padded positions."""
+        batch, seqlen = self.shape
+        if self.indices is not None:
+            x = x.new_zeros(batch * seqlen, x.shape[-1]).index_copy_(0, self.indices, x)
+        x = x.view(batch, seqlen, -1)
+        return x if self.valid is None else torch.where(self.valid.unsqueeze(-1), x, 0.0)
+
+
+def full(batch: int, seqlen: int, device: torch.device) -> Packing:
+    """The packing of a batch without padding."""
+    cu_seqlens = torch.arange(0, (batch + 1) * seqlen, seqlen, dtype=torch.int32, device=device)
+    return Packing(cu_seqlens, seqlen, None, None, (batch, seqlen))
+
+
+def from_sequences(cu_seqlens: Tensor, max_seqlen: int | None, tokens: int) -> Packing:
+    """The packing of a batch of one row that holds ``tokens`` tokens of several sequences, one after the other."""
+    if max_seqlen is None:
+        max_seqlen = int(cu_seqlens.diff().max())
+    return Packing(cu_seqlens.to(torch.int32), max_seqlen, None, None, (1, tokens))
+
+
+def from_mask_static(mask: Tensor) -> Packing:
+    """The packing of a bool mask ``[B, S]`` without a look at its values: T = B * S, valid tokens first."""
+    batch, seqlen = mask.shape
+    indices = torch.argsort(mask.flatten().to(torch.int8), descending=True, stable=True)
+    return Packing(_cu_seqlens(mask), seqlen, indices, mask, (batch, seqlen))
+
+
+def from_mask(mask: Tensor, read: Tensor | None) -> Packing | None:
+    """The packing of a bool mask ``[B, S]``: T valid tokens. Waits for the device once.
+
+    ``read`` (bool ``[B, S]``) marks positions whose hidden state the caller will use. If one of them is padding in a
+    sequence that isn't all padding, there is no packing that keeps it, and None is returned.
+    """
+    batch, seqlen = mask.shape
+    lengths = mask.sum(1)
+    facts = [lengths.sum(), lengths.max()]
+    if read is not None:
+        facts.append((read & ~mask & (lengths > 0).unsqueeze(1)).any())
+    tokens, longest, *reads_padding = torch.stack([fact.to(torch.int64) for fact in facts]).tolist()
+    if any(reads_padding):
+        return None
+    if tokens == batch * seqlen:
+        return full(batch, seqlen, mask.device)
+    indices = torch.argsort(mask.flatten().to(torch.int8), descending=True, stable=True)[:tokens]
+    return Packing(_cu_seqlens(mask), longest, indices, None, (batch, seqlen))
+
+
+def _cu_seqlens(mask: Tensor) -> Tensor:
+    return F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)

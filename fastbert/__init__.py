@@ -5,12 +5,13 @@ that is already loaded; or :func:`patch` in front of code that can't be edited. 
 and why. The fused operations themselves are in :mod:`fastbert.ops`.
 """
 
+from transformers import BertConfig, BertPreTrainedModel
+
 from fastbert import ops
 from fastbert._version import __version__
 from fastbert.backends.select import UnsupportedError
 from fastbert.models import interface
 from fastbert.models.bert import (
-    BertConfig,
     BertForMaskedLM,
     BertForMultipleChoice,
     BertForNextSentencePrediction,
@@ -20,7 +21,6 @@ from fastbert.models.bert import (
     BertForTokenClassification,
     BertLMHeadModel,
     BertModel,
-    BertPreTrainedModel,
 )
 from fastbert.models.convert import accelerate, patch, patched, unpatch
 from fastbert.models.explain import explain

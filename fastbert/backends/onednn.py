@@ -75,6 +75,8 @@ def unsupported(x: Tensor, linears: Sequence[nn.Linear]) -> str | None:
         return "autocast is on, which casts the weights at every use"
     if x.dtype != weight.dtype:
         return f"the input is {x.dtype} and the weight {weight.dtype}"
+    if x.numel() == 0:
+        return "there is nothing to multiply"
     if weight.is_inference():
         return "the weight was made in inference mode, where torch doesn't tell whether it has changed"
     return missing(weight.dtype)
@@ -92,9 +94,8 @@ def pack(owner: nn.Module, linears: Sequence[nn.Linear]) -> PackedLinear:
     if entry is not None and entry.stamp == stamp and all(map(torch.equal, _sample(parameters), entry.samples)):
         return entry.packed
     with torch.no_grad(), _lock:
-        weight = torch.cat([linear.weight for linear in linears]) if len(linears) > 1 else linears[0].weight.detach()
-        biases = [linear.bias for linear in linears]
-        bias = None if biases[0] is None else torch.cat(biases)
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
         packed = PackedLinear(torch.ops.mkldnn._reorder_linear_weight(weight), bias)
         _entries[owner] = _Entry(stamp, tuple(sample.clone() for sample in _sample(parameters)), packed)
     return packed

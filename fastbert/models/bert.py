@@ -17,15 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertPreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 from transformers.models.bert import modeling_bert as hf
 from transformers.utils import output_capturing
 
 from fastbert.backends import philox
 from fastbert.models import inputs, layers, packing
-
-BertConfig = hf.BertConfig
-BertPreTrainedModel = hf.BertPreTrainedModel
 
 PACKED = "packed"
 
@@ -136,7 +134,7 @@ class BertModel(hf.BertModel):
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
 
-    @output_capturing.capture_outputs
+    @output_capturing.capture_outputs  # type: ignore[untyped-decorator]
     def _encode(
         self,
         packed: packing.Packing,
@@ -268,7 +266,7 @@ def _hooked_part(model: hf.BertModel) -> str | None:
     return None
 
 
-class _Head(BertPreTrainedModel):  # type: ignore[misc]
+class _Head(BertPreTrainedModel):
     """What every head adds to Hugging Face's: the fused encoder, and a loss that Trainer divides itself."""
 
     # The losses are means over the batch at hand and take no token count. Said so, Trainer divides them by the number
@@ -341,7 +339,7 @@ class BertForQuestionAnswering(_Head, hf.BertForQuestionAnswering):
     forward = _reading(hf.BertForQuestionAnswering.forward, labels_only=False)
 
 
-HEADS: tuple[type[hf.BertPreTrainedModel], ...] = (
+HEADS: tuple[type[nn.Module], ...] = (
     BertForPreTraining,
     BertLMHeadModel,
     BertForMaskedLM,
@@ -352,7 +350,7 @@ HEADS: tuple[type[hf.BertPreTrainedModel], ...] = (
     BertForQuestionAnswering,
 )
 # The fused class of each of Hugging Face's models.
-MODELS: dict[type[nn.Module], type[nn.Module]] = {getattr(hf, c.__name__): c for c in (BertModel, *HEADS)}
+MODELS: dict[type[nn.Module], type[nn.Module]] = {getattr(hf, fused.__name__): fused for fused in (*HEADS, BertModel)}
 
 
 def fuse(root: nn.Module) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -95,7 +96,7 @@ def _parts(path: str, model: bert.BertModel) -> list[Part]:
 
 
 def _fused_or_op(
-    path: str, part: str, module: nn.Module, op: str, request: select.Request, training: bool | None = None
+    path: str, part: str, module: Any, op: str, request: select.Request, training: bool | None = None
 ) -> Part:
     reason = module.unfused() if hasattr(module, "unfused") else f"it is a {type(module).__name__}"
     if reason:
@@ -115,8 +116,8 @@ def _op(path: str, part: str, op: str, request: select.Request) -> Part:
     return Part(path, part, f"ops.{op}: {chosen.implementation}", "; ".join(passed_over) or "first choice")
 
 
-def _linear(path: str, part: str, module: nn.Module, training: bool, gain: str) -> Part:
-    reason: str | None = module.unfused()  # type: ignore[operator]
+def _linear(path: str, part: str, module: Any, training: bool, gain: str) -> Part:
+    reason: str | None = module.unfused()
     if reason:
         return Part(path, part, "modules, one by one", reason)
     dense = getattr(module, "dense", None) or module.query

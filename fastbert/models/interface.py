@@ -25,7 +25,8 @@ def attention_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    *args: Any,
+    q_offset: int = 0,
+    kv_offset: int = 0,
     mask_function: Callable[..., Any] = bidirectional_mask_function,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
@@ -34,7 +35,7 @@ def attention_mask(
     if mask_function is bidirectional_mask_function and q_length == kv_length:
         return attention_mask
     return sdpa_mask(
-        batch_size, q_length, kv_length, *args, mask_function=mask_function, attention_mask=attention_mask, **kwargs
+        batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask=attention_mask, **kwargs
     )
 
 

@@ -11,7 +11,6 @@ replaced ``forward``, no quantised or sharded weight. Otherwise it is called.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from fastbert.models.packing import Packing
 # The seeds that one layer takes: attention probabilities, attention output, layer output.
 SEEDS_PER_LAYER = 3
 
-_GELU = {
+_GELU: dict[type, str] = {
     activations.GELUActivation: "none",
     activations.GELUTanh: "tanh",
     activations.NewGELUActivation: "tanh",
@@ -81,13 +80,13 @@ def unserved(x: Tensor) -> str | None:
         return f"the ops run on cpu and cuda, and the tensors are on {x.device.type}"
     if not x.is_floating_point():
         return f"the ops compute in floating point, and the dtype is {x.dtype}"
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace can't record the ops"
     return None
 
 
-def gelu_approximation(activation: Callable[[Tensor], Tensor]) -> str | None:
-    """ "none" or "tanh" for an activation of the GELU family, None for any other."""
+def gelu_approximation(activation: object) -> str | None:
+    """The ``approximate`` of an activation of the GELU family, "none" or "tanh"; None for any other."""
     return _GELU.get(type(activation))
 
 
@@ -135,9 +134,9 @@ class BertEmbeddings(hf.BertEmbeddings):
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
+        input_ids: Any = None,
+        token_type_ids: Any = None,
+        position_ids: Any = None,
         inputs_embeds: Tensor | None = None,
         past_key_values_length: int = 0,
         packing: Packing | None = None,
@@ -174,7 +173,8 @@ class BertEmbeddings(hf.BertEmbeddings):
             inputs_embeds = self.word_embeddings(input_ids)
         embeddings = packing.pack(inputs_embeds) + self.token_type_embeddings(types)
         embeddings = embeddings + self.position_embeddings(positions)
-        return self.dropout(self.LayerNorm(embeddings))
+        dropped: Tensor = self.dropout(self.LayerNorm(embeddings))
+        return dropped
 
     def _positions(self, packing: Packing) -> Tensor:
         """Positions count from the start of each sequence: int64 ``[1, S]``."""
@@ -208,7 +208,7 @@ class BertSelfAttention(hf.BertSelfAttention):
         packing: Packing | None = None,
         seed: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Any:
         """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face."""
         if packing is None:
             return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
@@ -261,7 +261,7 @@ class BertAttention(hf.BertAttention):
         packing: Packing | None = None,
         seeds: Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Any:
         """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face."""
         if packing is None:
             return super().forward(
@@ -315,7 +315,8 @@ class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):
         """``[..., H]`` -> ``[..., H]``."""
         if self.unfused() or unserved(hidden_states):
             return super().forward(hidden_states)
-        return self.LayerNorm(_linear_gelu(self, self.dense, self.transform_act_fn, hidden_states))
+        normalised: Tensor = self.LayerNorm(_linear_gelu(self, self.dense, self.transform_act_fn, hidden_states))
+        return normalised
 
 
 class BertLayer(hf.BertLayer):
@@ -345,7 +346,8 @@ class BertLayer(hf.BertLayer):
             first = 1 + SEEDS_PER_LAYER * self.attention.self.layer_idx
             seeds = seeds[first : first + SEEDS_PER_LAYER]
         attention_output, _ = self.attention(hidden_states, packing=packing, seeds=seeds)
-        return self.output(self.intermediate(attention_output), attention_output, _at(seeds, 2))
+        output: Tensor = self.output(self.intermediate(attention_output), attention_output, _at(seeds, 2))
+        return output
 
 
 def _linear_gelu(owner: nn.Module, dense: nn.Linear, activation: nn.Module, x: Tensor) -> Tensor:

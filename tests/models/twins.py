@@ -47,7 +47,7 @@ def twins(name: str = "BertModel", seed: int = 0, **changes: Any) -> tuple[nn.Mo
     torch.manual_seed(seed)
     reference = getattr(hf, name)(config(**changes)).eval()
     with torch.no_grad():
-        for parameter_name, parameter in reference.named_parameters():
+        for parameter in reference.parameters():
             if parameter.dim() == 1:
                 # Biases are zero and LayerNorm weights one after initialisation: swap-ups would go unseen.
                 parameter.add_(torch.randn_like(parameter) * 0.2)

@@ -186,6 +186,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "dx = scale * mask * dy and dbias = its column sums; a null dx or dbias is not computed.");
 
 #if defined(FASTBERT_CUDA_VERSION)
+  m.def("device_error", &bdr::device_error, "Why the current device can't run the CUDA kernels, or None.");
   m.def("bias_dropout_residual_forward_device",
         [](std::uintptr_t x, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t out, int64_t rows,
            int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, std::uintptr_t stream) {

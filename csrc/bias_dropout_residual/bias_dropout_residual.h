@@ -20,8 +20,10 @@ struct Dropout {
 
 constexpr uint32_t kKeepAll = 65536;
 
-// Partial column sums are taken over blocks of this many rows, whatever the number of threads, and added up in block
-// order: runs agree bit for bit.
+// Column sums are taken in three steps whose order doesn't depend on the number of threads, so that runs agree bit for
+// bit: kRowsPerSum rows, the kRowsPerPartial / kRowsPerSum sums of a partial, and the partials. Short sums keep the
+// rounding errors small.
+constexpr int64_t kRowsPerSum = 8;
 constexpr int64_t kRowsPerPartial = 64;
 
 inline int64_t partials(int64_t rows) { return (rows + kRowsPerPartial - 1) / kRowsPerPartial; }
@@ -65,6 +67,10 @@ template <typename T>
 void forward_host(const Forward<T>& args, int num_threads);
 template <typename T>
 void backward_host(const Backward<T>& args, int num_threads);
+
+// Why the current device can't run these kernels, or null. The build may lack its architecture, or the driver may be
+// too old for the build.
+const char* device_error();
 
 // stream is a cudaStream_t of the current device. They throw std::runtime_error with the CUDA error.
 template <typename T>

@@ -16,7 +16,7 @@ constexpr int kBlocksPerMultiprocessor = 8;
 
 // The backward's block: columns x rows of threads over a tile of kRowsPerPartial rows and kTileColumns columns.
 constexpr int kColumnThreads = 32;
-constexpr int kRowThreads = 8;
+constexpr int kRowThreads = kRowsPerPartial / kRowsPerSum;
 constexpr int kTileColumns = kColumnThreads * kGroup;
 static_assert(kColumnThreads * kRowThreads == kTileColumns, "each thread adds up one column of the tile");
 constexpr int kMaxGridY = 65535;
@@ -105,16 +105,17 @@ __global__ void __launch_bounds__(kColumnThreads* kRowThreads) backward_kernel(c
   __shared__ float lanes[kRowThreads][kTileColumns];
   const bool drops = args.dropout.threshold != kKeepAll;
   const uint64_t seed = drops ? static_cast<uint64_t>(*args.dropout.seed) : 0;
-  const int64_t first_row = int64_t{blockIdx.x} * kRowsPerPartial;
-  const int64_t last_row = min(args.rows, first_row + kRowsPerPartial);
+  const int64_t first_row = int64_t{blockIdx.x} * kRowsPerPartial + threadIdx.y * kRowsPerSum;
+  const int rows = static_cast<int>(min(kRowsPerSum, args.rows - first_row));  // below 1 past the end
 
   for (int64_t tile = int64_t{blockIdx.y} * kTileColumns; tile < args.cols; tile += int64_t{gridDim.y} * kTileColumns) {
     const int64_t column = tile + threadIdx.x * kGroup;
-    const int count = static_cast<int>(max(int64_t{0}, min(int64_t{kGroup}, args.cols - column)));
+    const int64_t columns = args.cols - column;  // with kVector a multiple of 8
+    const int count = kVector || columns > kGroup ? kGroup : static_cast<int>(columns);
     float sums[kGroup] = {};
-    if (count > 0) {
-      for (int64_t row = first_row + threadIdx.y; row < last_row; row += kRowThreads) {
-        const int64_t first = row * args.cols + column;
+    if (columns > 0) {
+      for (int i = 0; i < rows; ++i) {
+        const int64_t first = (first_row + i) * args.cols + column;
         float gradient[kGroup];
         load<kVector>(args.dy + first, count, gradient);
         if (drops) {
@@ -128,7 +129,7 @@ __global__ void __launch_bounds__(kColumnThreads* kRowThreads) backward_kernel(c
         }
         if (args.dx != nullptr) store<kVector>(gradient, count, args.dx + first);
 #pragma unroll
-        for (int i = 0; i < kGroup; ++i) sums[i] += gradient[i];
+        for (int j = 0; j < kGroup; ++j) sums[j] += gradient[j];
       }
     }
     if (args.dbias == nullptr) continue;
@@ -178,6 +179,13 @@ int64_t multiprocessors() {
 
 }  // namespace
 
+const char* device_error() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, forward_kernel<float, true>);
+  cudaGetLastError();  // forget it: the next launch must not report it as its own
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 template <typename T>
 void forward_device(const Forward<T>& args, void* stream) {
   const int64_t groups = (args.rows * args.cols + kGroup - 1) / kGroup;
@@ -206,8 +214,8 @@ void backward_device(const Backward<T>& args, void* stream) {
   }
   if (args.dbias == nullptr || args.cols == 0) return;
   const auto columns = static_cast<unsigned>((args.cols + kColumnThreads - 1) / kColumnThreads);
-  add_partials_kernel<<<columns, dim3(kColumnThreads, kPartialThreads), 0, static_cast<cudaStream_t>(stream)>>>(args,
-                                                                                                                blocks);
+  const dim3 lanes(kColumnThreads, kPartialThreads);
+  add_partials_kernel<T><<<columns, lanes, 0, static_cast<cudaStream_t>(stream)>>>(args, blocks);
   check_cuda("bias_dropout_residual backward, the sum for dbias", cudaGetLastError());
 }
 

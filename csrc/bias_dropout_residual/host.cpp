@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "../common/philox_host.h"
 #include "bias_dropout_residual.h"
@@ -51,7 +52,7 @@ FASTBERT_CLONES void forward_chunk(const Forward<T>& args, int64_t begin, int64_
   }
 }
 
-// Rows first_row .. last_row - 1, with first_row a multiple of 8; sums is the partial [cols], or null.
+// Rows first_row .. last_row - 1, with first_row a multiple of 8; their column sums are added to sums [cols], or null.
 template <typename T>
 FASTBERT_CLONES void backward_rows(const Backward<T>& args, int64_t first_row, int64_t last_row, float* sums) {
   const bool drops = args.dropout.threshold != kKeepAll;
@@ -63,7 +64,6 @@ FASTBERT_CLONES void backward_rows(const Backward<T>& args, int64_t first_row, i
   alignas(64) float gradient[kTile];
   int64_t column = 0;
 
-  if (sums != nullptr) std::fill_n(sums, args.cols, 0.0f);
   for (int64_t start = first_row * args.cols; start < end; start += kTile) {
     const int64_t count = std::min(kTile, end - start);
     const T* dy = args.dy + start;
@@ -86,6 +86,23 @@ FASTBERT_CLONES void backward_rows(const Backward<T>& args, int64_t first_row, i
         column = column == args.cols ? 0 : column;
       }
     }
+  }
+}
+
+// The rows of one partial, and the partial.
+template <typename T>
+void backward_partial(const Backward<T>& args, int64_t block) {
+  const int64_t first_row = block * kRowsPerPartial;
+  const int64_t last_row = std::min(args.rows, first_row + kRowsPerPartial);
+  if (args.dbias == nullptr) return backward_rows(args, first_row, last_row, nullptr);
+
+  float* partial = args.scratch + block * args.cols;
+  std::fill_n(partial, args.cols, 0.0f);
+  std::vector<float> sums(args.cols);
+  for (int64_t row = first_row; row < last_row; row += kRowsPerSum) {
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    backward_rows(args, row, std::min(last_row, row + kRowsPerSum), sums.data());
+    for (int64_t column = 0; column < args.cols; ++column) partial[column] += sums[column];
   }
 }
 
@@ -121,9 +138,7 @@ void backward_host(const Backward<T>& args, int num_threads) {
   [[maybe_unused]] const int threads = useful_threads(args.rows * args.cols, num_threads);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t first_row = block * kRowsPerPartial;
-    backward_rows(args, first_row, std::min(args.rows, first_row + kRowsPerPartial),
-                  args.dbias == nullptr ? nullptr : args.scratch + block * args.cols);
+    backward_partial(args, block);
   }
   if (args.dbias == nullptr) return;
   for (int64_t begin = 0; begin < args.cols; begin += kTile) {

@@ -35,6 +35,14 @@ __device__ __forceinline__ uint4 pack(const T (&elements)[8]) {
   return {words[0], words[1], words[2], words[3]};
 }
 
+// A plain assignment may be split: the compiler can lose the alignment of a pointer that it moves through a loop.
+__device__ __forceinline__ void store_pack(void* to, uint4 pack) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(to)), "r"(pack.x), "r"(pack.y), "r"(pack.z), "r"(pack.w)
+               : "memory");
+}
+
 // values[0 .. count - 1] from consecutive elements, the rest zeros. With kVector, from is 16-byte aligned.
 template <bool kVector, typename T>
 __device__ __forceinline__ void load(const T* from, int count, float (&values)[kGroup]) {
@@ -63,8 +71,7 @@ __device__ __forceinline__ void store(const float (&values)[kGroup], int count, 
       T elements[kWidth];
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) elements[j] = from_float<T>(values[i + j]);
-      // A plain assignment may be split: the compiler can lose the alignment when it moves pointers through a loop.
-      __stwb(reinterpret_cast<uint4*>(to + i), pack(elements));
+      store_pack(to + i, pack(elements));
     }
   } else {
 #pragma unroll

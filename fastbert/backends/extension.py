@@ -57,9 +57,9 @@ def missing() -> str | None:
 
 
 def missing_cuda() -> str | None:
-    """Why the extension's CUDA kernels can't be used and what to do about it, in one sentence; None if they can.
+    """Why the extension has no CUDA kernels and what to do about it, in one sentence; None if it has.
 
-    This is about the build only: whether there is a GPU to run them on is another question.
+    This is about the build only and leaves CUDA alone; ``missing_on_device`` asks the GPU.
     """
     module, reason = _attempt()
     if module is None:
@@ -71,6 +71,25 @@ def missing_cuda() -> str | None:
             "with `pip install . -C cmake.define.FASTBERT_CUDA=ON`"
         )
     return None
+
+
+def missing_on_device(index: int) -> str | None:
+    """Why the extension's CUDA kernels can't run on CUDA device ``index``, in one sentence; None if they can."""
+    return missing_cuda() or _device_error(index)
+
+
+@functools.cache
+def _device_error(index: int) -> str | None:
+    with torch.cuda.device(index):
+        error = module().device_error()
+    if error is None:
+        return None
+    info = module().build_info()
+    return (
+        f"fastbert._C, built with CUDA {info['cuda_version']} for {info['cuda_architectures']}, can't run on "
+        f"{torch.cuda.get_device_name(index)} ({error}): update the driver, or rebuild from the source tree with "
+        "`pip install . -C cmake.define.FASTBERT_CUDA=ON -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native`"
+    )
 
 
 def dtype_code(dtype: torch.dtype) -> int:

@@ -102,8 +102,12 @@ def pack(owner: nn.Module, linears: Sequence[nn.Linear]) -> PackedLinear:
 
 
 def drop(owner: nn.Module) -> None:
-    """Forget the prepacked weight of ``owner``, if there is one."""
-    _entries.pop(owner, None)
+    """Forget the prepacked weight of ``owner``, if there is one.
+
+    Not while tracing: the graph would depend on what is held here, and be compiled again whenever that changes.
+    """
+    if not torch.compiler.is_compiling():
+        _entries.pop(owner, None)
 
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:

@@ -213,6 +213,10 @@ class BertModel(hf.BertModel):
         return None
 
 
+# Hugging Face's own annotation: callers read in it which optional arguments a forward takes.
+BertModel.forward.__annotations__["kwargs"] = inspect.signature(hf.BertModel.forward).parameters["kwargs"].annotation
+
+
 def static_padded_reason(model: hf.BertModel) -> str | None:
     """Why no batch of ``model`` can be packed, in one sentence; None when one can.
 
@@ -227,8 +231,6 @@ def static_padded_reason(model: hf.BertModel) -> str | None:
         return "the configuration has output_attentions=True, and packed attention never forms the probabilities"
     if config._attn_implementation not in ("sdpa", "fastbert"):
         return f"attn_implementation={config._attn_implementation!r} was asked for"
-    if config.chunk_size_feed_forward:
-        return f"chunk_size_feed_forward={config.chunk_size_feed_forward} counts padded positions"
     if reason := layers.unserved(model.embeddings.LayerNorm.weight):
         return reason
     return _replaced_part(model) or _hooked_part(model)

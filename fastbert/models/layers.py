@@ -346,8 +346,16 @@ class BertLayer(hf.BertLayer):
             first = 1 + SEEDS_PER_LAYER * self.attention.self.layer_idx
             seeds = seeds[first : first + SEEDS_PER_LAYER]
         attention_output, _ = self.attention(hidden_states, packing=packing, seeds=seeds)
-        output: Tensor = self.output(self.intermediate(attention_output), attention_output, _at(seeds, 2))
-        return output
+        return self._feed_forward(attention_output, packing.shape[0], _at(seeds, 2))
+
+    def _feed_forward(self, x: Tensor, batch: int, seed: Tensor | None) -> Tensor:
+        if not self.chunk_size_feed_forward:
+            output: Tensor = self.output(self.intermediate(x), x, seed)
+            return output
+        # A chunk is that many positions of every sequence; each draws dropout masks of its own.
+        chunks = x.split(self.chunk_size_feed_forward * batch)
+        seeds = [None if seed is None else seed + index for index in range(len(chunks))]
+        return torch.cat([self.output(self.intermediate(c), c, s) for c, s in zip(chunks, seeds, strict=True)])
 
 
 def _linear_gelu(owner: nn.Module, dense: nn.Linear, activation: nn.Module, x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 An op is two registered functions, ``fastbert::<name>`` and ``fastbert::<name>_bwd``, whose last argument ``impl`` is
 the name of the implementation that runs. Both return contiguous tensors whatever the strides of their inputs. A
-backward that takes an ``output_mask`` returns an empty tensor for every gradient that the mask leaves out.
+backward that takes an ``output_mask`` returns an empty tensor for every gradient that the mask leaves out. Only the
+first result of a forward is differentiable; the others are what the backward needs of it.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ def define(
         op: the stem: name of the table of implementations.
         forward, backward: schemas without the name; the last argument is ``str impl``.
         forward_fake, backward_fake: shapes and dtypes of the results, for tracing.
-        setup_context, autograd: what the forward saves, and the gradients of its arguments; the latter calls
-            ``torch.ops.fastbert.<op>_bwd``.
+        setup_context: saves what the backward needs.
+        autograd: the gradients of the forward's arguments, from the context and the gradient of the first result;
+            calls ``torch.ops.fastbert.<op>_bwd``.
     """
     forward_name, backward_name = f"{NAMESPACE}::{op}", f"{NAMESPACE}::{op}_bwd"
     torch.library.define(forward_name, forward)
@@ -47,6 +49,15 @@ def define(
     def run_backward(*args: Any) -> Any:
         return _without_autocast(select.load(op, args[-1]).backward, args[:-1])
 
+    def run_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, tuple):
+            ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # or there would be zeros for those, as large as they are
+        setup_context(ctx, inputs, output)
+
+    def run_autograd(ctx: Any, grad: Tensor | None, *_: None) -> Any:
+        return autograd(ctx, grad) if grad is not None else (None,) * len(ctx.needs_input_grad)
+
     def no_double_backward(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(f"fastbert.ops.{op} has no second derivative: its backward can't be differentiated")
 
@@ -55,7 +66,7 @@ def define(
         torch.library.impl(backward_name, device, run_backward)
     torch.library.register_fake(forward_name, forward_fake)
     torch.library.register_fake(backward_name, backward_fake)
-    torch.library.register_autograd(forward_name, autograd, setup_context=setup_context)
+    torch.library.register_autograd(forward_name, run_autograd, setup_context=run_setup_context)
     torch.library.register_autograd(backward_name, no_double_backward)
 
 

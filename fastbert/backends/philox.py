@@ -78,12 +78,12 @@ def _halves(words: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=-1)
 
 
-def hidden_draws(seed: Tensor, count: int) -> Tensor:
-    """The 16-bit draws of elements ``0 .. count - 1`` of a contiguous tensor: int64 ``[count]``."""
-    group = torch.arange((count + 7) // 8, device=seed.device)
+def hidden_draws(seed: Tensor, count: int, start: int = 0) -> Tensor:
+    """The 16-bit draws of elements ``start .. start + count - 1`` of a contiguous tensor: int64 ``[count]``."""
+    group = torch.arange(start // 8, (start + count + 7) // 8, device=seed.device)
     zero = torch.zeros_like(group)
     words = philox4x32((group & _MASK32, group >> 32, zero, zero), _key(seed))
-    return _halves(words).flatten()[:count]
+    return _halves(words).flatten()[start % 8 : start % 8 + count]
 
 
 def attention_draws(seed: Tensor, sequence: Tensor, heads: int, queries: int, keys: int) -> Tensor:

@@ -146,7 +146,7 @@ def needs_dtype(request: Request, *dtypes: torch.dtype) -> Iterator[str]:
 def needs_no_dropout(request: Request) -> Iterator[str]:
     """A reason if the request has dropout."""
     if request.dropout_p > 0.0:
-        yield f"it can't draw the exact dropout mask, and dropout_p is {request.dropout_p}"
+        yield "it can't draw the exact dropout mask, and the dropout probability is not 0"
 
 
 def needs_host_extension(request: Request) -> Iterator[str]:

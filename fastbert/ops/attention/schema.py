@@ -42,12 +42,10 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     qkv, cu_seqlens, ctx.max_seqlen, ctx.scale, ctx.dropout_p, seed, ctx.impl = inputs
     out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, out, lse, cu_seqlens, seed)
 
 
-def _autograd(ctx: Any, dout: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, seed = ctx.saved_tensors
     dqkv = torch.ops.fastbert.attention_bwd(dout, *tensors, ctx.max_seqlen, ctx.scale, ctx.dropout_p, seed, ctx.impl)
     return dqkv, None, None, None, None, None, None

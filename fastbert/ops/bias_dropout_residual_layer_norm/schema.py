@@ -46,12 +46,10 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, _, _, weight, _, _, ctx.p, seed, ctx.impl = inputs
     _, hidden, mean, rstd = output
-    ctx.mark_non_differentiable(hidden, mean, rstd)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, mean, rstd, seed)
 
 
-def _autograd(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, mean, rstd, seed = ctx.saved_tensors
     needs_dx, needs_dbias, needs_dresidual, needs_dweight, needs_dln_bias = ctx.needs_input_grad[:5]
     mask = (needs_dbias, needs_dweight, needs_dln_bias)

@@ -53,12 +53,10 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, _, _, ctx.p, seed, ctx.padding_idx, ctx.impl = inputs
     _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, mean, rstd, seed)
 
 
-def _autograd(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, seed = ctx.saved_tensors
     mask = ctx.needs_input_grad[3:8]
     gradients = torch.ops.fastbert.embedding_layer_norm_bwd(dy, *tensors, ctx.p, seed, ctx.padding_idx, mask, ctx.impl)

@@ -25,12 +25,10 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, _, _, ctx.impl = inputs
     _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, mean, rstd)
 
 
-def _autograd(ctx: Any, dy: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     mask = ctx.needs_input_grad[:3]
     gradients = torch.ops.fastbert.layer_norm_bwd(dy, *ctx.saved_tensors, mask, ctx.impl)
     return *library.none_where_masked(gradients, mask), None, None

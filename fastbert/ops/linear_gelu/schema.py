@@ -24,12 +24,10 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, weight, _, ctx.approximate, ctx.impl = inputs
     _, hidden = output
-    ctx.mark_non_differentiable(hidden)
-    ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, weight, hidden)
 
 
-def _autograd(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     mask = ctx.needs_input_grad[:3]
     gradients = torch.ops.fastbert.linear_gelu_bwd(dy, *ctx.saved_tensors, ctx.approximate, mask, ctx.impl)
     return *library.none_where_masked(gradients, mask), None, None

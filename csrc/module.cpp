@@ -129,12 +129,12 @@ std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint3
   return counter;
 }
 
-py::bytes philox_draws(uint64_t seed, int64_t start, int64_t count) {
+py::bytes philox_draws(int64_t seed, int64_t start, int64_t count) {
   check_at_least("start", start, 0);
   check_at_least("count", count, 0);
   const int64_t skip = start % kDrawsPerCall;
   std::vector<uint16_t> draws((skip + count + kDrawsPerRun - 1) / kDrawsPerRun * kDrawsPerRun);
-  hidden_draws(seed, start / kDrawsPerCall, skip + count, draws.data());
+  hidden_draws(static_cast<uint64_t>(seed), start / kDrawsPerCall, skip + count, draws.data());
   return {reinterpret_cast<const char*>(draws.data() + skip), static_cast<size_t>(count) * sizeof(uint16_t)};
 }
 

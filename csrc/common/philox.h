@@ -37,4 +37,14 @@ FASTBERT_HD void hidden_words(uint64_t seed, int64_t group, uint32_t& w0, uint32
   philox4x32_10(w0, w1, w2, w3, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
 }
 
+// The four words that serve keys 8 * group .. 8 * group + 7 of one query.
+FASTBERT_HD void attention_words(uint64_t seed, int64_t sequence, int64_t head, int64_t query, int64_t group,
+                                 uint32_t& w0, uint32_t& w1, uint32_t& w2, uint32_t& w3) {
+  w0 = static_cast<uint32_t>(group);
+  w1 = static_cast<uint32_t>(query);
+  w2 = static_cast<uint32_t>(head);
+  w3 = static_cast<uint32_t>(sequence);
+  philox4x32_10(w0, w1, w2, w3, static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
+}
+
 }  // namespace fastbert

@@ -22,4 +22,18 @@ FASTBERT_HD void hidden_draws(uint64_t seed, int64_t group, int64_t count, uint1
   }
 }
 
+// The same for keys 8 * group .. 8 * group + count - 1 of one query.
+FASTBERT_HD void attention_draws(uint64_t seed, int64_t sequence, int64_t head, int64_t query, int64_t group,
+                                 int64_t count, uint16_t* draws) {
+  constexpr int kCalls = kDrawsPerRun / kDrawsPerCall;
+  for (int64_t done = 0; done < count; done += kDrawsPerRun, group += kCalls) {
+    uint32_t words[kCalls][4];
+    for (int call = 0; call < kCalls; ++call) {
+      attention_words(seed, sequence, head, query, group + call, words[call][0], words[call][1], words[call][2],
+                      words[call][3]);
+    }
+    memcpy(draws + done, words, sizeof words);
+  }
+}
+
 }  // namespace fastbert

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
+import struct
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -22,9 +25,32 @@ class _Attempt(NamedTuple):
     reason: str | None
 
 
+def _check_complete() -> None:
+    """Raise ImportError if the extension's file is cut off: the loader would map what isn't there and crash.
+
+    The offsets are those of a 64-bit little-endian ELF file; files of other formats are left to their loaders.
+    """
+    spec = importlib.util.find_spec("fastbert._C")
+    if spec is None or spec.origin is None:
+        return
+    path = Path(spec.origin)
+    with path.open("rb") as file:
+        head = file.read(4096)
+    if not head.startswith(b"\x7fELF\x02\x01") or len(head) < 64:
+        return
+    (table,) = struct.unpack_from("<Q", head, 32)
+    entry_size, entries = struct.unpack_from("<HH", head, 54)
+    size = path.stat().st_size
+    for entry in range(table, min(table + entries * entry_size, len(head)), entry_size):
+        offset, length = struct.unpack_from("<Q16xQ", head, entry + 8)
+        if offset + length > size:
+            raise ImportError(f"{path} is cut off: it has {size} bytes of at least {offset + length}")
+
+
 @functools.cache
 def _attempt() -> _Attempt:
     try:
+        _check_complete()
         module = importlib.import_module("fastbert._C")
         version = module.build_info()["version"]
     except Exception as error:  # whatever a damaged or foreign file raises: it becomes the reason
@@ -67,8 +93,8 @@ def missing_cuda() -> str | None:
     absent = module.build_info()["cuda_absent"]
     if absent is not None:
         return (
-            f"fastbert._C was built without CUDA ({absent}): install the CUDA toolkit, then rebuild from the source tree "
-            "with `pip install . -C cmake.define.FASTBERT_CUDA=ON`"
+            f"fastbert._C was built without CUDA ({absent}): install the CUDA toolkit, then rebuild from the source "
+            "tree with `pip install . -C cmake.define.FASTBERT_CUDA=ON`"
         )
     return None
 

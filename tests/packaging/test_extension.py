@@ -1,0 +1,210 @@
+"""What ``fastbert._C`` exports, called as the ops call it: with addresses and sizes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastbert
+from fastbert.backends import extension, philox
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+P = 0.1
+
+C: Any = extension.load()
+if C is None:
+    pytest.fail(f"the extension must be built to test it: {extension.missing()}")
+
+
+def forward(x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, num_threads: int = 2) -> Tensor:
+    p = 0.0 if seed is None else P
+    out = torch.full_like(x, torch.nan)
+    C.bias_dropout_residual_forward_host(
+        x=x.data_ptr(),
+        bias=extension.address(bias),
+        residual=residual.data_ptr(),
+        out=out.data_ptr(),
+        rows=x.shape[0],
+        cols=x.shape[1],
+        dtype=extension.dtype_code(x.dtype),
+        seed=extension.address(seed),
+        threshold=philox.threshold(p),
+        scale=philox.scale(p),
+        num_threads=num_threads,
+    )
+    return out
+
+
+def backward(dy: Tensor, seed: Tensor | None, num_threads: int = 2) -> tuple[Tensor, Tensor]:
+    p = 0.0 if seed is None else P
+    rows, cols = dy.shape
+    dx, dbias = torch.full_like(dy, torch.nan), dy.new_full((cols,), torch.nan)
+    scratch = torch.full((C.bias_dropout_residual_backward_scratch(rows, cols),), torch.nan)
+    C.bias_dropout_residual_backward_host(
+        dy=dy.data_ptr(),
+        dx=dx.data_ptr(),
+        dbias=dbias.data_ptr(),
+        scratch=scratch.data_ptr(),
+        rows=rows,
+        cols=cols,
+        dtype=extension.dtype_code(dy.dtype),
+        seed=extension.address(seed),
+        threshold=philox.threshold(p),
+        scale=philox.scale(p),
+        num_threads=num_threads,
+    )
+    return dx, dbias
+
+
+def test_build_info() -> None:
+    info = C.build_info()
+    assert info["version"] == fastbert.__version__
+    assert info["cuda"] == (info["cuda_absent"] is None)
+    assert info["cuda"] == hasattr(C, "bias_dropout_residual_forward_device")
+    assert (extension.missing_cuda() is None) == info["cuda"]
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_gives_its_authors_answers(counter: list[int], key: list[int], words: list[int]) -> None:
+    """The known answers that Random123, the authors' own library, is tested with."""
+    assert C.philox4x32_10(counter, key) == words
+
+
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, -(2**63), 0x0123456789ABCDEF])
+def test_draws_are_the_oracles(seed: int) -> None:
+    draws = torch.frombuffer(bytearray(C.philox_draws(seed, 0, 1001)), dtype=torch.uint16)
+    assert torch.equal(draws.long(), philox.hidden_draws(torch.tensor(seed), 1001))
+
+
+@pytest.mark.parametrize("start", [5, 128, 2**31 - 3, 2**35 - 11, 2**40 + 1])
+def test_draws_far_into_a_tensor(start: int) -> None:
+    """Element ``start`` of a tensor with more than 2**31 elements: its counter has 64 bits."""
+    groups = torch.arange(start >> 3, (start >> 3) + 5)
+    zero = torch.zeros_like(groups)
+    counter = (groups & 0xFFFFFFFF, groups >> 32, zero, zero)
+    words = torch.stack(philox.philox4x32(counter, (torch.tensor(7), torch.tensor(0))), -1)
+    expected = torch.stack((words & 0xFFFF, words >> 16), -1).flatten()[start & 7 :][:30]
+    draws = torch.frombuffer(bytearray(C.philox_draws(7, start, 30)), dtype=torch.uint16)
+    assert torch.equal(draws.long(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_value_is_read_and_written(dtype: torch.dtype) -> None:
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).unsqueeze(0)
+    out = forward(values, None, torch.zeros_like(values), None)
+    assert torch.equal(out.isnan(), values.isnan())
+    assert torch.equal(out[~values.isnan()], values[~values.isnan()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_is_torchs(dtype: torch.dtype) -> None:
+    """To nearest, ties to even, over the whole range: subnormals, ties, overflow to infinity."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    values = values[values.isfinite()]
+    x = values.repeat(17, 1)
+    residual = torch.stack([(values.float() * 2.0**-shift).to(dtype) for shift in range(17)])
+    expected = (residual.float() + x.float()).to(dtype)
+    out = forward(x, None, residual, None)
+    assert expected.isinf().any()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (1, 1023), (64, 13), (129, 768), (700, 24)])
+def test_agrees_with_torch_bit_for_bit(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, residual, bias = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[1]).to(dtype)
+    seed = torch.tensor(2**40 + 3)
+    mask = philox.hidden_mask(seed, x.shape, P)
+    hidden = torch.where(mask, (x.float() + bias.float()) * philox.scale(P), 0.0)
+    assert torch.equal(forward(x, bias, residual, seed), (residual.float() + hidden).to(dtype))
+    assert torch.equal(forward(x, None, residual, None), (residual.float() + x.float()).to(dtype))
+    dx, dbias = backward(x, seed)
+    exact = torch.where(mask, x.double() * philox.scale(P), 0.0)
+    assert torch.equal(dx, torch.where(mask, x.float() * philox.scale(P), 0.0).to(dtype))
+    torch.testing.assert_close(dbias.double(), exact.sum(0), rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_alignment(dtype: torch.dtype) -> None:
+    x, residual = torch.randn(9 * 24 + 3).to(dtype), torch.randn(9 * 24 + 3).to(dtype)
+    seed = torch.tensor(5)
+    aligned = forward(x[3:].clone().view(9, 24), None, residual[3:].clone().view(9, 24), seed)
+    assert torch.equal(forward(x[3:].view(9, 24), None, residual[3:].view(9, 24), seed), aligned)
+
+
+def test_result_does_not_depend_on_the_number_of_threads() -> None:
+    x, seed = torch.randn(3000, 131), torch.tensor(5)
+    outputs = [(forward(x, x[0], x, seed, threads), *backward(x, seed, threads)) for threads in (1, 2, 3, 7)]
+    for output in outputs[1:]:
+        assert all(torch.equal(left, right) for left, right in zip(output, outputs[0], strict=True))
+
+
+def test_wanted_gradients_only() -> None:
+    dy = torch.randn(70, 24)
+    dx, dbias = backward(dy, None)
+    only_dx, only_dbias = torch.empty_like(dy), torch.empty(24)
+    scratch = torch.empty(C.bias_dropout_residual_backward_scratch(70, 24))
+    sizes = {"rows": 70, "cols": 24, "dtype": C.FLOAT32, "seed": 0, "threshold": 65536, "scale": 1.0, "num_threads": 1}
+    C.bias_dropout_residual_backward_host(dy.data_ptr(), only_dx.data_ptr(), 0, 0, **sizes)
+    C.bias_dropout_residual_backward_host(dy.data_ptr(), 0, only_dbias.data_ptr(), scratch.data_ptr(), **sizes)
+    assert torch.equal(only_dx, dx)
+    assert torch.equal(only_dbias, dbias)
+
+
+def test_nothing_to_do() -> None:
+    """No rows: no output, and column sums of zero."""
+    assert forward(torch.empty(0, 24), None, torch.empty(0, 24), None).shape == (0, 24)
+    _, dbias = backward(torch.empty(0, 24), None)
+    assert torch.equal(dbias, torch.zeros(24))
+    assert forward(torch.empty(3, 0), None, torch.empty(3, 0), None).shape == (3, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": 0}, "x is a null address"),
+        ({"residual": 0}, "residual is a null address"),
+        ({"out": 0}, "out is a null address"),
+        ({"rows": -1}, "rows is -1; it may be 0 or more"),
+        ({"cols": -1}, "cols is -1; it may be 0 or more"),
+        ({"cols": 2**31}, "cols is 2147483648; it may be 2147483647 or less"),
+        ({"dtype": 3}, "dtype is 3; it may be FLOAT32, FLOAT16 or BFLOAT16"),
+        ({"threshold": 65537}, "threshold is 65537; it may be 0 to 65536"),
+        ({"threshold": 65535}, "seed is a null address"),
+        ({"num_threads": 0}, "num_threads is 0; it may be 1 or more"),
+    ],
+)
+def test_bad_arguments(change: dict[str, int], message: str) -> None:
+    x = torch.ones(2, 8)
+    arguments = {"x": x.data_ptr(), "bias": 0, "residual": x.data_ptr(), "out": x.data_ptr(), "rows": 2, "cols": 8}
+    arguments |= {"dtype": C.FLOAT32, "seed": 0, "threshold": 65536, "num_threads": 1}
+    with pytest.raises(ValueError, match=message):
+        C.bias_dropout_residual_forward_host(**(arguments | change), scale=1.0)
+
+
+def test_unknown_dtype() -> None:
+    with pytest.raises(TypeError, match=r"dtype is torch\.float64; fastbert\._C computes in torch\.float32"):
+        extension.dtype_code(torch.float64)
+
+
+@pytest.mark.skipif(extension.missing_cuda() is not None, reason=f"{extension.missing_cuda()}")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cuda_errors_are_raised() -> None:
+    """Without a GPU, a launch raises what the CUDA runtime says, and so does the question whether one would work."""
+    assert C.device_error()
+    with pytest.raises(RuntimeError, match="cudaError"):
+        C.bias_dropout_residual_backward_device(16, 16, 16, 16, 1, 8, C.FLOAT32, 0, 65536, 1.0, 0)

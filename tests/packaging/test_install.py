@@ -1,0 +1,218 @@
+"""Builds of every kind, installed in fresh environments and imported outside the source tree."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from builds import ROOT, BuildError, Environment, build_sdist, build_wheel, find_nvcc
+
+import fastbert
+
+pytestmark = pytest.mark.slow
+
+# Prints what the installed package is, after its extension and its oracle have computed the same thing.
+EXAMINE = """
+import importlib.metadata, json, pathlib
+import torch
+import fastbert
+from fastbert.backends import extension
+
+x, residual, bias = torch.randn(5, 24), torch.randn(5, 24), torch.randn(24)
+seed = torch.tensor(7)
+outputs = [
+    fastbert.ops.bias_dropout_residual(x, bias, residual, p=0.3, seed=seed, impl=impl) for impl in ("cpu", "reference")
+]
+build = extension.module().build_info()
+scripts = importlib.metadata.entry_points(group="console_scripts", name="fastbert")
+print(json.dumps({
+    "file": fastbert.__file__,
+    "extension": extension.module().__file__,
+    "versions": [fastbert.__version__, importlib.metadata.version("fastbert"), build["version"]],
+    "typed": pathlib.Path(fastbert.__file__).with_name("py.typed").exists(),
+    "scripts": [script.value for script in scripts],
+    "agrees": torch.equal(*outputs),
+    "build": build,
+    "missing_cuda": extension.missing_cuda(),
+}))
+"""
+
+# Prints what is left of the package when its extension can't be used.
+EXAMINE_BROKEN = """
+import json
+import torch
+import fastbert
+from fastbert.backends import extension
+
+x = torch.ones(2, 8)
+try:
+    fastbert.ops.bias_dropout_residual(x, None, x, impl="cpu")
+    refusal = None
+except fastbert.UnsupportedError as error:
+    refusal = str(error)
+print(json.dumps({
+    "loaded": extension.load() is not None,
+    "missing": extension.missing(),
+    "missing_cuda": extension.missing_cuda(),
+    "output": fastbert.ops.bias_dropout_residual(x, None, x).tolist(),
+    "refusal": refusal,
+}))
+"""
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_sdist(tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="session")
+def host_wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel without CUDA kernels, built from the sdist."""
+    return build_wheel(sdist, tmp_path_factory.mktemp("host_wheel"), FASTBERT_CUDA="OFF")
+
+
+def examine(environment: Environment) -> dict:
+    """What an installed wheel reports, after the checks that every wheel must pass."""
+    report = environment.run(EXAMINE)
+    assert Path(report["file"]).is_relative_to(environment.directory)
+    assert Path(report["extension"]).is_relative_to(environment.directory)
+    assert report["versions"] == [fastbert.__version__] * 3
+    assert report["typed"]
+    assert report["scripts"] == ["fastbert.cli:app"]
+    assert report["agrees"]
+    return report
+
+
+def test_ordinary_isolated_build(tmp_path: Path) -> None:
+    """``pip wheel .``: no torch to build with; with CUDA kernels where there is an nvcc, and no GPU to import them."""
+    defines = {"FASTBERT_CUDA": "ON", "CMAKE_CUDA_ARCHITECTURES": "90"} if find_nvcc() else {}
+    report = examine(Environment(tmp_path / "venv", build_wheel(ROOT, tmp_path, isolated=True, **defines)))
+    assert report["build"]["cuda"] == bool(defines)
+    assert report["build"]["cuda_architectures"] == defines.get("CMAKE_CUDA_ARCHITECTURES")
+    assert (report["missing_cuda"] is None) == bool(defines)
+
+
+def test_sdist_holds_what_a_build_and_the_tests_need(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
+        files = {Path(*Path(member.name).parts[1:]) for member in archive if member.isfile()}
+    sources = {"CMakeLists.txt", "LICENSE", "PKG-INFO", "fastbert/py.typed", "pyproject.toml"}
+    for folder in ("csrc", "fastbert", "tests"):
+        for path in (ROOT / folder).rglob("*"):
+            if path.suffix in (".cpp", ".cu", ".cuh", ".h", ".py"):
+                sources.add(str(path.relative_to(ROOT)))
+    assert sources <= {str(file) for file in files}
+
+    tops = {"CHANGELOG.md", "CMakeLists.txt", "LICENSE", "PKG-INFO", "README.md", "csrc", "fastbert", "pyproject.toml"}
+    assert {file.parts[0] for file in files} <= tops | {"tests"}
+    assert not [file for file in files if "__pycache__" in file.parts or file.suffix in (".pyc", ".so")]
+
+
+def test_wheel_from_sdist_without_cuda(host_wheel: Path, tmp_path: Path) -> None:
+    report = examine(Environment(tmp_path / "venv", host_wheel))
+    assert not report["build"]["cuda"]
+    assert "FASTBERT_CUDA was OFF" in report["missing_cuda"]
+    assert "FASTBERT_CUDA=ON" in report["missing_cuda"]
+
+
+def test_wheel_holds_nothing_but_the_package(host_wheel: Path) -> None:
+    with zipfile.ZipFile(host_wheel) as archive:
+        names = archive.namelist()
+    assert {name.split("/")[0] for name in names} == {"fastbert", f"fastbert-{fastbert.__version__}.dist-info"}
+    suffixes = {Path(name).suffix for name in names if name.startswith("fastbert/")}
+    assert suffixes == {".py", ".so", ".typed"}
+    assert f"fastbert-{fastbert.__version__}.dist-info/licenses/LICENSE" in names
+
+
+def test_cuda_auto_survives_a_broken_nvcc(sdist: Path, tmp_path: Path) -> None:
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nexit 1\n")
+    nvcc.chmod(0o755)
+    wheel = build_wheel(sdist, tmp_path, env={"CUDACXX": str(nvcc)})
+    report = examine(Environment(tmp_path / "venv", wheel))
+    assert not report["build"]["cuda"]
+    assert f"the CUDA compiler {nvcc} could not compile a test program" in report["missing_cuda"]
+
+
+def without_nvcc() -> dict[str, str]:
+    """A PATH on which there is no nvcc."""
+    folders = os.environ["PATH"].split(os.pathsep)
+    return {"PATH": os.pathsep.join(folder for folder in folders if shutil.which("nvcc", path=folder) is None)}
+
+
+@pytest.mark.parametrize(
+    ("env", "defines", "reason"),
+    [
+        (without_nvcc(), {"FASTBERT_NVCC": ""}, "no nvcc was found"),
+        ({"CUDACXX": "/nowhere/nvcc"}, {}, "the CUDA compiler /nowhere/nvcc could not compile a test program"),
+    ],
+    ids=["absent", "broken"],
+)
+def test_cuda_on_without_nvcc_says_what_to_do(
+    sdist: Path, tmp_path: Path, env: dict[str, str], defines: dict[str, str], reason: str
+) -> None:
+    with pytest.raises(BuildError) as caught:
+        build_wheel(sdist, tmp_path, env=env, FASTBERT_CUDA="ON", **defines)
+    message = " ".join(str(caught.value).split())
+    assert f"FASTBERT_CUDA is ON, but {reason}. Install the CUDA toolkit" in message
+    assert "FASTBERT_CUDA=OFF" in message
+
+
+def test_unknown_cuda_option(sdist: Path, tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="FASTBERT_CUDA is 'MAYBE'; it may be AUTO, ON or OFF"):
+        build_wheel(sdist, tmp_path, FASTBERT_CUDA="MAYBE")
+
+
+def truncate(environment: Environment) -> None:
+    environment.extension.write_bytes(environment.extension.read_bytes()[:5000])  # dlopen alone would crash
+
+
+def truncate_header(environment: Environment) -> None:
+    environment.extension.write_bytes(environment.extension.read_bytes()[:40])
+
+
+def garble(environment: Environment) -> None:
+    environment.extension.write_text("not a shared library")
+
+
+def remove(environment: Environment) -> None:
+    environment.extension.unlink()
+
+
+def replace(environment: Environment) -> None:
+    """Another module under the extension's name."""
+    environment.extension.unlink()
+    (environment.package / "_C.py").write_text("")
+
+
+def outdate(environment: Environment) -> None:
+    """The package moves on, and its extension stays what it was."""
+    (environment.package / "_version.py").write_text('__version__ = "9.9.9"\n')
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (truncate, "is cut off: it has 5000 bytes of at least"),
+        (truncate_header, "could not be loaded (ImportError"),
+        (garble, "could not be loaded (ImportError"),
+        (remove, "could not be loaded (ModuleNotFoundError"),
+        (replace, "could not be loaded (AttributeError"),
+        (outdate, f"was built for fastbert {fastbert.__version__}, and this is 9.9.9"),
+    ],
+)
+def test_unusable_extension(host_wheel: Path, tmp_path: Path, damage: object, reason: str) -> None:
+    """The import works, the reason can be read, the reference serves, and an explicit request is refused."""
+    assert callable(damage)
+    environment = Environment(tmp_path / "venv", host_wheel)
+    damage(environment)
+    report = environment.run(EXAMINE_BROKEN)
+    assert not report["loaded"]
+    assert reason in report["missing"]
+    assert "pip install --force-reinstall" in report["missing"]
+    assert report["missing_cuda"] == report["missing"]
+    assert report["output"] == [[2.0] * 8] * 2
+    assert report["missing"] in report["refusal"]

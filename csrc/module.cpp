@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "attention/dropout.h"
 #include "bias_dropout_residual/bias_dropout_residual.h"
 #include "common/dtype.h"
 #include "common/philox_host.h"
@@ -157,6 +158,28 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "Four 32-bit words from a four-word counter and a two-word key.");
   m.def("philox_draws", &philox_draws, arg("seed"), arg("start"), arg("count"),
         "The 16-bit draws of elements start .. start + count - 1 of a hidden state, as native uint16 bytes.");
+
+  m.def("attention_dropout_host",
+        [](std::uintptr_t probabilities, int64_t first_sequence, int64_t sequences, int64_t heads, int64_t queries,
+           int64_t keys, std::uintptr_t seed, int64_t threshold, float scale, int num_threads) {
+          check_at_least("first_sequence", first_sequence, 0);
+          check_at_least("sequences", sequences, 0);
+          check_at_least("heads", heads, 0);
+          check_at_least("queries", queries, 0);
+          check_at_least("keys", keys, 0);
+          check_at_least("num_threads", num_threads, 1);
+          if (sequences == 0 || heads == 0 || queries == 0 || keys == 0) return;
+          check_address("probabilities", probabilities);
+          const auto dropout = make_dropout(seed, threshold, scale);
+          if (dropout.threshold == bdr::kKeepAll) return;
+          const py::gil_scoped_release release;
+          attention::dropout_host({pointer<float>(probabilities), first_sequence, sequences, heads, queries, keys,
+                                   *dropout.seed, dropout.threshold, dropout.scale},
+                                  num_threads);
+        },
+        arg("probabilities"), arg("first_sequence"), arg("sequences"), arg("heads"), arg("queries"), arg("keys"),
+        arg("seed"), arg("threshold"), arg("scale"), arg("num_threads"),
+        "probabilities [sequences, heads, queries, keys], float32, *= scale * mask, in place.");
 
   m.def("bias_dropout_residual_backward_scratch",
         [](int64_t rows, int64_t cols) {

@@ -18,11 +18,18 @@ def _sdpa_reasons(request: select.Request) -> Iterator[str]:
     yield from select.needs_no_dropout(request)
 
 
+def _cpu_reasons(request: select.Request) -> Iterator[str]:
+    yield from select.needs_device(request, "cpu")
+    yield from select.needs_dtype(request, torch.float32, torch.float16, torch.bfloat16)
+    yield from select.needs_host_extension(request)
+
+
 _MODULE = "fastbert.ops.attention"
 TABLE = select.Table(
     "attention",
     (
         select.Implementation("sdpa", f"{_MODULE}.sdpa", _sdpa_reasons),
+        select.Implementation("cpu", f"{_MODULE}.cpu", _cpu_reasons),
         select.Implementation("reference", f"{_MODULE}.reference", select.nothing),
     ),
 )
@@ -52,7 +59,7 @@ def attention(
         scale: of the scores; None: ``1 / sqrt(D)``.
         dropout_p: probability of dropping an attention probability, quantised to multiples of 2**-16.
         seed: int64 with one element, on the device of ``qkv``; None draws one from torch's default generator.
-        impl: "sdpa" (CPU, no dropout), "reference", or None for the first of them that can serve the call.
+        impl: "sdpa" (CPU, no dropout), "cpu", "reference", or None for the first of them that can serve the call.
 
     Returns:
         ``[T, A, D]``, contiguous, in the dtype of ``qkv``.

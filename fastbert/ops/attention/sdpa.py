@@ -5,40 +5,13 @@ Queries, keys and values are strided views of ``qkv``; no padding is computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import groupby, pairwise
-
 import torch
 from torch import Tensor
 
+from fastbert.ops.attention import runs
 from fastbert.ops.formulas import compute_dtype
 
 _aten = torch.ops.aten
-
-
-def _runs(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> tuple[list[tuple[int, int, int]], int]:
-    """The runs, each (first row, number of sequences, their length), and the number of rows that they cover."""
-    offsets = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(offsets)]
-    if offsets[0] != 0 or offsets[-1] > rows or any(not 0 <= length <= max_seqlen for length in lengths):
-        raise ValueError(
-            f"cu_seqlens is {offsets}; it must ascend from 0 to at most {rows}, the rows of qkv, "
-            f"in steps of at most {max_seqlen}, which is max_seqlen"
-        )
-    runs = []
-    start = 0
-    for length, sequences in groupby(lengths):
-        count = sum(1 for _ in sequences)
-        if length > 0:
-            runs.append((start, count, length))
-        start += count * length
-    return runs, start
-
-
-def _split(x: Tensor, runs: list[tuple[int, int, int]], dim: int = 0) -> Iterator[Tensor]:
-    """The part of each run of a packed tensor, with its dimension T replaced by (count, length): views."""
-    for start, count, length in runs:
-        yield torch.unflatten(x.narrow(dim, start, count * length), dim, (count, length))
 
 
 def forward(
@@ -46,12 +19,12 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(O ``[T, A, D]``, lse ``[A, T]``)."""
     rows, _, heads, size = qkv.shape
-    runs, used = _runs(cu_seqlens, max_seqlen, rows)
+    found, used = runs.find(cu_seqlens, max_seqlen, rows)
     out = qkv.new_empty(rows, heads, size)
     lse = qkv.new_empty(heads, rows, dtype=compute_dtype(qkv.dtype))
     out[used:] = 0.0
     lse[:, used:] = 0.0
-    parts = zip(_split(qkv.contiguous(), runs), _split(out, runs), _split(lse, runs, dim=1), strict=True)
+    parts = zip(runs.split(qkv.contiguous(), found), runs.split(out, found), runs.split(lse, found, dim=1), strict=True)
     for qkv_part, out_part, lse_part in parts:
         # [count, length, 3, A, D] -> 3 x [count, A, length, D]
         q, k, v = qkv_part.permute(2, 0, 3, 1, 4).unbind(0)
@@ -73,12 +46,12 @@ def backward(
     seed: Tensor | None,
 ) -> Tensor:
     """dqkv ``[T, 3, A, D]``."""
-    runs, used = _runs(cu_seqlens, max_seqlen, qkv.shape[0])
+    found, used = runs.find(cu_seqlens, max_seqlen, qkv.shape[0])
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     dqkv[used:] = 0.0
     parts = zip(
-        *(_split(x, runs) for x in (dqkv, dout.contiguous(), qkv.contiguous(), out)),
-        _split(lse, runs, dim=1),
+        *(runs.split(x, found) for x in (dqkv, dout.contiguous(), qkv.contiguous(), out)),
+        runs.split(lse, found, dim=1),
         strict=True,
     )
     for dqkv_part, dout_part, qkv_part, out_part, lse_part in parts:

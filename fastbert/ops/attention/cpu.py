@@ -28,13 +28,13 @@ def _find(cu_seqlens: Tensor, max_seqlen: int, rows: int, heads: int) -> tuple[l
 
 
 def _drop(probabilities: Tensor, run: runs.Run, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """Drop float32 ``[count, A, S, S]``, contiguous, in place."""
+    """Drop float32 ``[N, A, S, S]``, contiguous, in place."""
     if seed is not None:
         _, heads, queries, keys = probabilities.shape
         extension.module().attention_dropout_host(
             probabilities.data_ptr(),
-            run.sequence,
-            run.count,
+            run.first_sequence,
+            run.sequences,
             heads,
             queries,
             keys,
@@ -47,7 +47,7 @@ def _drop(probabilities: Tensor, run: runs.Run, dropout_p: float, seed: Tensor |
 
 
 def _heads_first(part: Tensor) -> Tensor:
-    """``[count, S, ..., A, D]`` -> ``[..., count, A, S, D]`` in float32."""
+    """``[N, S, ..., A, D]`` -> ``[..., N, A, S, D]`` in float32."""
     return part.movedim((0, 1), (-4, -2)).float()
 
 

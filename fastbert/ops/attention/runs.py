@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Run(NamedTuple):
-    """``count`` sequences of ``length`` tokens: the first row and the first sequence of them."""
+    """``sequences`` neighbouring sequences of ``length`` tokens: the first row and the index of the first of them."""
 
-    row: int
-    sequence: int
-    count: int
+    first_row: int
+    first_sequence: int
+    sequences: int
     length: int
 
 
@@ -44,6 +44,7 @@ def find(cu_seqlens: Tensor, max_seqlen: int, rows: int) -> tuple[list[Run], int
 
 
 def split(x: Tensor, runs: Sequence[Run], dim: int = 0) -> Iterator[Tensor]:
-    """The part of each run of a packed tensor, with its dimension T replaced by (count, length): views."""
+    """The part of each run of a packed tensor, with its dimension T replaced by (sequences, length): views."""
     for run in runs:
-        yield torch.unflatten(x.narrow(dim, run.row, run.count * run.length), dim, (run.count, run.length))
+        rows = x.narrow(dim, run.first_row, run.sequences * run.length)
+        yield torch.unflatten(rows, dim, (run.sequences, run.length))

@@ -1,11 +1,12 @@
 """PyTorch's flash attention for the CPU, once for each run of neighbouring sequences of one length.
 
-Queries, keys and values are strided views of ``qkv``; no padding is computed.
+Queries, keys and values are strided views of ``qkv``; no padding is computed, but for a few keys in the forward.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastbert.ops.attention import runs
@@ -13,25 +14,42 @@ from fastbert.ops.formulas import compute_dtype
 
 _aten = torch.ops.aten
 
+# The kernel takes the exponentials of the keys beyond the last multiple of _VECTOR one by one. From _TAIL of them on,
+# keys that a mask hides are faster (measured with AVX-512: 127 keys in bfloat16 take 0.47 ms, 128 take 0.21 ms).
+_VECTOR = 16
+_TAIL = 4
+
+
+def _whole_vectors(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values ``[count, A, length, D]`` with the hidden ones added, and the mask ``[length]`` that hides them."""
+    length = k.shape[2]
+    if length % _VECTOR < _TAIL:
+        return k, v, None
+    hidden = -length % _VECTOR
+    mask = k.new_zeros(length + hidden)
+    mask[length:] = float("-inf")
+    return F.pad(k, (0, 0, 0, hidden)), F.pad(v, (0, 0, 0, hidden)), mask
+
 
 def forward(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """(O ``[T, A, D]``, lse ``[A, T]``)."""
     rows, _, heads, size = qkv.shape
-    found, used = runs.find(cu_seqlens, max_seqlen, rows)
-    out = qkv.new_empty(rows, heads, size)
-    lse = qkv.new_empty(heads, rows, dtype=compute_dtype(qkv.dtype))
-    out[used:] = 0.0
-    lse[:, used:] = 0.0
-    parts = zip(runs.split(qkv.contiguous(), found), runs.split(out, found), runs.split(lse, found, dim=1), strict=True)
-    for qkv_part, out_part, lse_part in parts:
+    runs, used = _runs(cu_seqlens, max_seqlen, rows)
+    outs, lses = [], []
+    for part in _split(qkv.contiguous(), runs):
         # [count, length, 3, A, D] -> 3 x [count, A, length, D]
-        q, k, v = qkv_part.permute(2, 0, 3, 1, 4).unbind(0)
-        attended, log_sum_exp = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
-        out_part.copy_(attended.transpose(1, 2))
-        lse_part.copy_(log_sum_exp.transpose(0, 1))
-    return out, lse
+        q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)
+        k, v, mask = _whole_vectors(k, v)
+        if mask is not None:
+            mask = mask.expand(*q.shape[:3], -1)
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+        outs.append(out.transpose(1, 2).flatten(0, 1))
+        lses.append(lse.transpose(0, 1).flatten(1))
+    outs.append(qkv.new_zeros(rows - used, heads, size))
+    lses.append(qkv.new_zeros(heads, rows - used, dtype=compute_dtype(qkv.dtype)))
+    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 def backward(

@@ -21,7 +21,7 @@ _TAIL = 4
 
 
 def _whole_vectors(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values ``[count, A, length, D]`` with the hidden ones added, and the mask ``[length]`` that hides them."""
+    """Keys and values ``[N, A, S, D]`` with hidden ones behind them, and the mask that hides these (None: none)."""
     length = k.shape[2]
     if length % _VECTOR < _TAIL:
         return k, v, None
@@ -36,9 +36,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(O ``[T, A, D]``, lse ``[A, T]``)."""
     rows, _, heads, size = qkv.shape
-    runs, used = _runs(cu_seqlens, max_seqlen, rows)
+    found, used = runs.find(cu_seqlens, max_seqlen, rows)
     outs, lses = [], []
-    for part in _split(qkv.contiguous(), runs):
+    for part in runs.split(qkv.contiguous(), found):
         # [count, length, 3, A, D] -> 3 x [count, A, length, D]
         q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)
         k, v, mask = _whole_vectors(k, v)

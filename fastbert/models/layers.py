@@ -53,7 +53,9 @@ def unusual(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why ``module`` must be called and can't be bypassed, in one sentence; None when it is a plain ``kind``."""
     if type(module) is not kind:
         return f"it is a {type(module).__name__}, not a plain {kind.__name__}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+    if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "it has a hook"
+    if not all(_changes_nothing(hook, module) for hook in module._forward_hooks.values()):
         return "it has a hook"
     if "forward" in module.__dict__:
         return "its forward has been replaced"
@@ -61,6 +63,13 @@ def unusual(module: nn.Module, kind: type[nn.Module]) -> str | None:
         if type(parameter) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
             return f"its {name} is a {type(parameter).__name__}"
     return None
+
+
+def _changes_nothing(forward_hook: object, module: nn.Module) -> bool:
+    """Whether a hook makes the output need a gradient, as Hugging Face's checkpointing does, where it does anyway."""
+    name: str = getattr(forward_hook, "__qualname__", "")
+    weight = getattr(module, "weight", None)
+    return name.endswith(".make_inputs_require_grads") and weight is not None and bool(weight.requires_grad)
 
 
 def unusual_embedding(module: nn.Module) -> str | None:
@@ -173,8 +182,11 @@ class BertEmbeddings(hf.BertEmbeddings):
             inputs_embeds = self.word_embeddings(input_ids)
         embeddings = packing.pack(inputs_embeds) + self.token_type_embeddings(types)
         embeddings = embeddings + self.position_embeddings(positions)
-        dropped: Tensor = self.dropout(self.LayerNorm(embeddings))
-        return dropped
+        normalised: Tensor = self.LayerNorm(embeddings)
+        if p == 0.0 or unusual(self.dropout, nn.Dropout):
+            return self.dropout(normalised)  # type: ignore[no-any-return]
+        # With the mask of the fused op: a hook, or embeddings from the caller, must not change it.
+        return ops.bias_dropout_residual(normalised, None, torch.zeros_like(normalised), p=p, seed=seed)
 
     def _positions(self, packing: Packing) -> Tensor:
         """Positions count from the start of each sequence: int64 ``[1, S]``."""

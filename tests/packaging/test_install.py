@@ -99,7 +99,15 @@ def test_ordinary_isolated_build(tmp_path: Path) -> None:
 def test_sdist_holds_what_a_build_and_the_tests_need(sdist: Path) -> None:
     with tarfile.open(sdist) as archive:
         files = {Path(*Path(member.name).parts[1:]) for member in archive if member.isfile()}
-    sources = {"CMakeLists.txt", "LICENSE", "PKG-INFO", "fastbert/py.typed", "pyproject.toml"}
+    sources = {
+        "CHANGELOG.md",
+        "CMakeLists.txt",
+        "LICENSE",
+        "PKG-INFO",
+        "README.md",
+        "fastbert/py.typed",
+        "pyproject.toml",
+    }
     for folder in ("csrc", "fastbert", "tests"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".cpp", ".cu", ".cuh", ".h", ".py"):

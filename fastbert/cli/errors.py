@@ -1,0 +1,35 @@
+"""How a command refuses: one line on stderr and exit code 2, without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+EXIT_CODE = 2
+
+
+class Refusal(Exception):
+    """A command can't do what it was asked to; the message says why and what would help, in one line."""
+
+
+@contextmanager
+def reported() -> Iterator[None]:
+    """Turn a ``Refusal`` into its message on stderr and exit code 2."""
+    try:
+        yield
+    except Refusal as refusal:
+        typer.echo(f"fastbert: {refusal}", err=True)
+        raise typer.Exit(EXIT_CODE) from None
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's exception says, in one line."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def reason(error: OSError) -> str:
+    """What went wrong with a file, without its name: "No such file or directory"."""
+    return error.strerror or first_line(error)

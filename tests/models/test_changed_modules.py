@@ -1,0 +1,154 @@
+"""Case 35: a Linear that is quantised, pruned, parametrised, hooked or replaced is called, and not bypassed."""
+
+import copy
+
+import pytest
+import torch
+from models import twins
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+import fastbert
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated")
+
+# One Linear of each fused product.
+PATHS = (
+    "encoder.layer.1.attention.self.query",
+    "encoder.layer.1.attention.self.value",
+    "encoder.layer.1.attention.output.dense",
+    "encoder.layer.1.intermediate.dense",
+    "encoder.layer.1.output.dense",
+)
+
+
+class Scaled(nn.Linear):
+    """A subclass that computes something else."""
+
+    def forward(self, x):
+        return 1.5 * super().forward(x)
+
+
+def scale(model, path):
+    model.get_submodule(path).__class__ = Scaled
+
+
+def replace_forward(model, path):
+    linear = model.get_submodule(path)
+    linear.forward = lambda x: 1.5 * nn.Linear.forward(linear, x)
+
+
+def prune_half(model, path):
+    prune.l1_unstructured(model.get_submodule(path), "weight", 0.5)
+
+
+def prune_bias(model, path):
+    prune.random_unstructured(model.get_submodule(path), "bias", 0.5)
+
+
+def parametrize(model, path):
+    parametrizations.spectral_norm(model.get_submodule(path)).eval()
+
+
+def quantize(model, path=None):
+    """``model`` with one or all of its products in int8."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    types = nn.Linear if path is None else path
+    quantization.quantize_dynamic(model, {types: quantization.default_dynamic_qconfig}, inplace=True)
+
+
+def output_hook(model, path):
+    model.get_submodule(path).register_forward_hook(lambda module, args, output: 1.5 * output)
+
+
+def input_hook(model, path):
+    model.get_submodule(path).register_forward_pre_hook(lambda module, args: (1.5 * args[0],))
+
+
+CHANGES = (scale, replace_forward, prune_half, prune_bias, parametrize, quantize, output_hook, input_hook)
+HOOKS = (output_hook, input_hook)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("change", CHANGES)
+def test_change_is_respected(change, path, gradients):
+    reference, fast = twins.twins()
+    # The range of an activation decides how it is quantised, and there padding counts in Hugging Face.
+    inputs = twins.batch(kind="none" if change is quantize else "right")
+    where = twins.valid(inputs)
+    with torch.no_grad():
+        unchanged = fast(**inputs).last_hidden_state
+    torch.manual_seed(0)
+    change(reference, path)
+    change(fast, path)
+    fast.load_state_dict(reference.state_dict())
+    with torch.set_grad_enabled(gradients):
+        expected, actual = reference(**inputs).last_hidden_state, fast(**inputs).last_hidden_state
+    torch.testing.assert_close(actual[where], expected[where], atol=1e-5, rtol=1e-5)
+    assert (actual - unchanged)[where].abs().max() > 1e-3
+    if change in HOOKS:
+        assert "has a hook" in fast.route
+    else:
+        twins.assert_packed(fast)
+
+
+def test_change_after_the_weights_were_prepacked():
+    reference, fast = twins.twins()
+    inputs = twins.batch()
+    with torch.no_grad():
+        fast(**inputs)
+        for model in (reference, fast):
+            prune_half(model, PATHS[-1])
+            scale(model, PATHS[0])
+        expected, actual = reference(**inputs).last_hidden_state, fast(**inputs).last_hidden_state
+    where = twins.valid(inputs)
+    torch.testing.assert_close(actual[where], expected[where], atol=1e-5, rtol=1e-5)
+
+
+def test_quantised_model():
+    reference, fast = twins.twins()
+    quantize(reference)
+    quantize(fast)
+    inputs = twins.batch(kind="full")
+    expected, actual = reference(**inputs).last_hidden_state, fast(**inputs).last_hidden_state
+    twins.assert_packed(fast)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    reasons = {row.part: row.reason for row in fastbert.explain(fast)}
+    for part in ("query, key, value", "dense, dropout, residual, LayerNorm", "dense, GELU"):
+        assert "torch.ao.nn.quantized" in reasons[part]
+
+
+def test_gradients_reach_pruned_and_parametrised_weights():
+    reference, fast = twins.twins("BertForSequenceClassification")
+    oracle = copy.deepcopy(reference).double()
+    for model in (reference, fast, oracle):
+        prune_half(model, "bert." + PATHS[0])
+        parametrizations.weight_norm(model.get_submodule("bert." + PATHS[-1]))
+    inputs = twins.head_batch("BertForSequenceClassification")
+    for model in (reference, fast, oracle):
+        model(**inputs).loss.backward()
+    twins.assert_packed(fast)
+    twins.assert_gradients_match(fast, reference, oracle)
+
+
+@pytest.mark.parametrize("part", ["embeddings", "encoder.layer.0", "encoder.layer.0.output", "embeddings.LayerNorm"])
+def test_hooks_see_what_hugging_face_shows_them(part):
+    inputs = twins.batch()
+    seen = []
+    for model in twins.twins():
+        model.get_submodule(part).register_forward_hook(lambda module, args, output: seen.append(output))
+        model(**inputs)
+    expected, actual = seen
+    where = twins.valid(inputs)
+    torch.testing.assert_close(actual[where], expected[where], atol=1e-5, rtol=1e-5)
+
+
+def test_gradient_hooks_see_what_hugging_face_shows_them():
+    inputs = twins.head_batch("BertForSequenceClassification")
+    seen = []
+    for model in twins.twins("BertForSequenceClassification"):
+        linear = model.get_submodule("bert." + PATHS[2])
+        linear.register_full_backward_hook(lambda module, given, received: seen.append((given[0], received[0])))
+        model(**inputs).loss.backward()
+    torch.testing.assert_close(seen[1], seen[0], atol=1e-6, rtol=1e-4)

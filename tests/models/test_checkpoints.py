@@ -1,0 +1,109 @@
+"""Cases 39-41: damaged, mismatched, incomplete and dangerous checkpoints."""
+
+import os
+import pathlib
+import pickle
+
+import pytest
+import safetensors
+import torch
+import transformers
+from models import twins
+from safetensors.torch import load_file, save_file
+
+import fastbert
+
+KEY = "encoder.layer.0.attention.self.query.weight"
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    twins.twins()[0].save_pretrained(tmp_path)
+    return tmp_path
+
+
+def rewrite(folder, change):
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def load_patched(folder, **options):
+    with fastbert.patched():
+        return transformers.AutoModel.from_pretrained(folder, **options)
+
+
+LOADERS = [fastbert.BertModel.from_pretrained, load_patched]
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("kept", [0.0, 0.00001, 0.5, 0.999])
+def test_truncated_file_case_39(load, kept, checkpoint):
+    file = checkpoint / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(safetensors.SafetensorError):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_wrong_shape_case_39(load, checkpoint):
+    rewrite(checkpoint, lambda weights: weights.update({KEY: torch.zeros(3, 5)}))
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(checkpoint)
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_missing_key_is_reported_case_40(load, checkpoint):
+    rewrite(checkpoint, lambda weights: weights.pop(KEY))
+    _, report = load(checkpoint, output_loading_info=True)
+    assert report["missing_keys"] == {KEY}
+
+
+def test_strict_loading_raises_case_40():
+    reference, fast = twins.twins()
+    weights = reference.state_dict()
+    del weights[KEY]
+    with pytest.raises(RuntimeError, match=f"Missing key.*{KEY}"):
+        fast.load_state_dict(weights)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*other"):
+        fast.load_state_dict({**reference.state_dict(), "other": torch.zeros(1)})
+
+
+class Code:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.file),)
+
+
+def as_pickle(folder, **more):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save({**weights, **more}, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("load", LOADERS)
+@pytest.mark.parametrize("options", [{}, {"use_safetensors": False}, {"weights_only": True}], ids=str)
+def test_code_in_a_pickle_does_not_run_case_41(load, options, checkpoint):
+    mark = checkpoint / "ran"
+    as_pickle(checkpoint, more=Code(mark))
+    with pytest.raises(pickle.UnpicklingError):
+        load(checkpoint, **options)
+    assert not mark.exists()
+    torch.load(pathlib.Path(checkpoint, "pytorch_model.bin"), weights_only=False)
+    assert mark.exists(), "the code is harmless, and the test shows nothing"
+
+
+@pytest.mark.parametrize("load", LOADERS)
+def test_pickle_of_tensors_loads_without_running_code_case_41(load, checkpoint):
+    expected = load_file(checkpoint / "model.safetensors")
+    as_pickle(checkpoint)
+    with pytest.raises(OSError, match="safetensors"):
+        load(checkpoint, use_safetensors=True)
+    loaded = load(checkpoint).state_dict()
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in expected.items())

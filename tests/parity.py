@@ -14,48 +14,52 @@ def results(
     """The output of ``function(**tensors)``, and for each tensor the gradient that ``dy`` gives it."""
     leaves = {name: x.detach().requires_grad_() for name, x in tensors.items()}
     output = function(**leaves)
-    if dy is None:
-        dy = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
-    gradients = torch.autograd.grad(output, list(leaves.values()), dy.to(output.dtype))
+    gradients = torch.autograd.grad(output, list(leaves.values()), gradient_like(output) if dy is None else dy)
     return output.detach(), {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
 
 
+def gradient_like(output: Tensor) -> Tensor:
+    """Random numbers, the same ones each time, to be the incoming gradient of ``output``."""
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+
+
 def check(
-    actual: Callable[..., Tensor],
+    actual: Mapping[str, Callable[..., Tensor]],
     oracle: Callable[..., Tensor],
     eager: Callable[..., Tensor],
     tensors: Mapping[str, Tensor],
     dy: Tensor | None = None,
 ) -> None:
-    """Assert that ``actual`` is about as near to the truth as eager PyTorch, in its output and in every gradient.
+    """Assert that each of ``actual`` is about as near to the truth as eager PyTorch, in output and every gradient.
 
     The truth is ``oracle`` in float64, differentiated by autograd. The largest error may be twice that of ``eager``,
     which computes in the dtype of ``tensors``, plus one rounding step of that dtype at the truth's largest magnitude.
 
     Args:
-        actual, oracle, eager: called with ``tensors`` as keywords; the output has one shape.
-        tensors: floating-point; with these strides and offsets for ``actual`` and ``eager``.
+        actual: what to check, by a name for the message.
+        oracle, eager: like those, called with ``tensors`` as keywords.
+        tensors: floating-point; with these strides and offsets for all but the oracle.
         dy: the incoming gradient, in the dtype of the output; None: random numbers.
     """
-    output, gradients = results(actual, tensors, dy)
-    if dy is None:
-        dy = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output.dtype)
-    exact_output, exact_gradients = results(oracle, {name: x.double() for name, x in tensors.items()}, dy.double())
     eager_output, eager_gradients = results(eager, tensors, dy)
+    if dy is None:
+        dy = gradient_like(eager_output)
+    exact_output, exact_gradients = results(oracle, {name: x.double() for name, x in tensors.items()}, dy.double())
+    for name, function in actual.items():
+        output, gradients = results(function, tensors, dy)
+        _compare(f"{name}: output", output, exact_output, eager_output)
+        for argument, gradient in gradients.items():
+            _compare(f"{name}: {argument}", gradient, exact_gradients[argument], eager_gradients[argument])
 
-    for name, exact in {"output": exact_output, **exact_gradients}.items():
-        assert exact.dtype == torch.float64
-        assert exact.isfinite().all(), f"the oracle's {name} is not finite"
-        result = output if name == "output" else gradients[name]
-        baseline = eager_output if name == "output" else eager_gradients[name]
-        assert result.shape == exact.shape, f"{name} has shape {result.shape}, and the oracle's is {exact.shape}"
-        if exact.numel() == 0:
-            continue
+
+def _compare(name: str, result: Tensor, exact: Tensor, baseline: Tensor) -> None:
+    assert exact.dtype == torch.float64
+    assert exact.isfinite().all(), f"{name}: the oracle is not finite"
+    assert result.shape == exact.shape, f"{name} has shape {result.shape}, and the oracle's is {exact.shape}"
+    if exact.numel() > 0:
         allowed = 2.0 * distance(baseline, exact) + torch.finfo(result.dtype).eps * exact.abs().max().item()
         error = distance(result, exact)
-        assert error <= allowed, (
-            f"{name} is off by {error:.3g}; twice the error of eager and a rounding is {allowed:.3g}"
-        )
+        assert error <= allowed, f"{name} is off by {error:.3g}; twice eager's error and one rounding is {allowed:.3g}"
 
 
 def distance(x: Tensor, exact: Tensor) -> float:

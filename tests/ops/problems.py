@@ -49,12 +49,10 @@ class Problem:
         rows = select.table(self.op).explain(select.Request("cpu", first.dtype, self.dropout_p))
         return [row.implementation for row in rows if not row.reasons]
 
-    def check(self, impl: str | None) -> None:
-        parity.check(functools.partial(self.actual, impl=impl), self.oracle, self.eager, self.tensors, self.dy)
-
-    def check_all(self) -> None:
-        for impl in self.implementations():
-            self.check(impl)
+    def check(self, *implementations: str) -> None:
+        """Parity of these implementations, or of all that can serve the problem."""
+        actual = {impl: functools.partial(self.actual, impl=impl) for impl in implementations or self.implementations()}
+        parity.check(actual, self.oracle, self.eager, self.tensors, self.dy)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -103,7 +101,7 @@ def attention(
         return attention_reference.forward(qkv, cu_seqlens, max_seqlen, factor, p, seed_of(p, seed))[0]
 
     def eager(qkv: Tensor) -> Tensor:
-        parts = [qkv.new_zeros(0, heads, size)]
+        parts = [qkv[:0, 0]]
         for sequence, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
             q, k, v = qkv[start:end].permute(1, 2, 0, 3)
             probabilities = torch.softmax(factor * q @ k.mT, -1)

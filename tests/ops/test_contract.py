@@ -56,13 +56,13 @@ def test_layouts_case_17_and_18(maker, dtype, layout):
     problem.tensors = {name: layout(x) for name, x in plain.items()}
     problem.dy = layout(torch.randn_like(problem.actual(**plain)) if problem.dy is None else problem.dy)
     assert all(problem.tensors[name].shape == x.shape for name, x in plain.items())
-    problem.check_all()
+    problem.check()
 
 
 @makers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_uninitialised_memory_case_13(maker, dtype, poisoned_allocator):
-    maker(dtype=dtype).check_all()
+    maker(dtype=dtype).check()
 
 
 @makers

@@ -61,9 +61,7 @@ def test_positions_beyond_32_bits_case_19(start):
 @pytest.mark.parametrize("seed", SEEDS)
 def test_draws_of_the_extension_case_19(start, seed):
     draws = philox.hidden_draws(torch.tensor([seed]), 300, start)
-    compiled = torch.frombuffer(
-        bytearray(extension.module().philox_draws(seed, start, 300)), dtype=torch.uint16
-    )
+    compiled = torch.frombuffer(bytearray(extension.module().philox_draws(seed, start, 300)), dtype=torch.uint16)
     assert torch.equal(compiled.long(), draws)
 
 

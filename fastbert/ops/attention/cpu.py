@@ -90,17 +90,18 @@ def backward(
     dqkv[used:] = 0.0
     parts = zip(
         found,
-        *(runs.split(x, found) for x in (dqkv, dout, qkv, out)),
+        *(runs.split(x, found) for x in (dqkv, dout, qkv)),
         runs.split(lse, found, dim=1),
         strict=True,
     )
-    for run, dqkv_part, dout_part, qkv_part, out_part, lse_part in parts:
+    for run, dqkv_part, dout_part, qkv_part, lse_part in parts:
         q, k, v = _heads_first(qkv_part)
-        grad, attended = _heads_first(dout_part), _heads_first(out_part)
-        delta = (grad * attended).sum(-1, keepdim=True)
+        grad = _heads_first(dout_part)
         scores = (q * scale) @ k.transpose(-1, -2)
         probabilities = scores.sub_(lse_part.transpose(0, 1).unsqueeze(-1)).exp_()
-        dscores = _drop(grad @ v.transpose(-1, -2), run, dropout_p, seed).sub_(delta).mul_(probabilities).mul_(scale)
+        dprobabilities = _drop(grad @ v.transpose(-1, -2), run, dropout_p, seed)
+        delta = (probabilities * dprobabilities).sum(-1, keepdim=True)
+        dscores = dprobabilities.sub_(delta).mul_(probabilities).mul_(scale)
         dv = _drop(probabilities, run, dropout_p, seed).transpose(-1, -2) @ grad
         for index, gradient in enumerate((dscores @ k, dscores.transpose(-1, -2) @ q, dv)):
             dqkv_part[:, :, index].copy_(gradient.transpose(1, 2))

@@ -6,11 +6,12 @@ key) and ``s`` = 65536 / threshold(p), about 1 / (1 - p)::
     S = scale * Q Kᵀ        lse = log(sum over keys of exp(S))        P = exp(S - lse)
     O = (s * m * P) V
 
-    dV = (s * m * P)ᵀ dO        dP = s * m * (dO Vᵀ)        delta = sum over D of dO * O
+    dV = (s * m * P)ᵀ dO        dP = s * m * (dO Vᵀ)        delta = sum over keys of P * dP
     dS = P * (dP - delta)        dQ = scale * dS K        dK = scale * dSᵀ Q
 
 Attention: Vaswani et al., arXiv:1706.03762, section 3.2. The backward that recomputes P from the log-sum-exp: Dao et
-al., arXiv:2205.14135, appendix B.4; Dao, arXiv:2307.08691, section 3.1.2.
+al., arXiv:2205.14135, appendix B.4; Dao, arXiv:2307.08691, section 3.1.2. There delta is the sum over D of dO * O, the
+same number without the keys at hand; its rounding errors are larger.
 
 The packed rows are gathered into ``[B, max_seqlen]`` by index arithmetic, so shapes are static and nothing waits for
 the device. What the rows of no sequence hold is never read.
@@ -97,7 +98,7 @@ def backward(
     probabilities = torch.exp(_scores(q, k, layout.valid, scale) - lse[..., None])
     dv = _drop(probabilities, dropout_p, seed).transpose(-1, -2) @ dout
     dprobabilities = _drop(dout @ v.transpose(-1, -2), dropout_p, seed)
-    delta = (dout * out).sum(-1, keepdim=True)
+    delta = (probabilities * dprobabilities).sum(-1, keepdim=True)
     dscores = probabilities * (dprobabilities - delta)
     dq, dk = scale * dscores @ k, scale * dscores.transpose(-1, -2) @ q
     return torch.stack([layout.unpad(x) for x in (dq, dk, dv)], dim=1).to(qkv.dtype)

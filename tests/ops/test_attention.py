@@ -1,0 +1,230 @@
+"""Packed attention: every length and head size, empty sequences, rows of no sequence, and its dropout."""
+
+import pytest
+import torch
+from ops import problems
+from ops.problems import attention
+
+from fastbert import ops
+from fastbert.backends import philox, select
+
+IMPLEMENTATIONS = attention().implementations()
+DROPPING = attention(p=0.1).implementations()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 127, 128, 129, 511, 512])
+def test_lengths_case_9(length, p):
+    attention(lengths=(length, length // 3), heads=2, size=8, p=p).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [31, 36, 47, 48, 49, 127])
+def test_lengths_around_vectors_in_16_bits(length, dtype):
+    """The CPU's kernel is given hidden keys there."""
+    attention(lengths=(length, 3, length, length), heads=2, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [16, 32, 40, 59, 64, 80, 96, 128])
+def test_head_sizes_case_10(size, dtype):
+    attention(lengths=(5, 21), heads=2, size=size, dtype=dtype).check()
+    attention(lengths=(5, 21), heads=2, size=size, dtype=dtype, p=0.1).check()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("lengths", [(0, 4, 0, 0, 7, 1), (7, 7, 7, 0, 2, 2)], ids=str)
+def test_empty_and_short_sequences_case_12(lengths, p):
+    attention(lengths, p=p).check()
+    attention(lengths, p=p, spare_rows=0, spare_keys=0).check()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("spare", [0, 2])
+@pytest.mark.parametrize(
+    "lengths", [(), (0,), (0, 0), (1,), (0, 1, 0), (1,) * 65_537], ids=["none", "0", "0-0", "1", "0-1-0", "many"]
+)
+def test_at_most_one_token_case_11_12_and_20(lengths, spare, p):
+    """The probability of the only key is one: eager PyTorch makes no error that parity could allow twice."""
+    problem = attention(lengths, heads=2, size=2, p=p, spare_rows=spare, spare_keys=spare)
+    tokens = sum(lengths)
+    qkv = problem.tensors["qkv"].requires_grad_()
+    factor = torch.ones(tokens, 2, 1)
+    if p > 0.0:
+        sequence = torch.tensor([index for index, length in enumerate(lengths) if length])
+        keep = philox.attention_mask(torch.tensor([problems.SEED]), sequence.long(), 2, 1, 1, p)
+        factor = keep[:, :, 0] * philox.scale(p)
+    for impl in problem.implementations():
+        output = problem.actual(qkv, impl=impl)
+        (gradient,) = torch.autograd.grad(output, qkv, problem.dy)
+        torch.testing.assert_close(output[:tokens], qkv[:tokens, 2] * factor, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient[:tokens, 2], problem.dy[:tokens] * factor, rtol=1e-6, atol=1e-6)
+        assert (gradient[:tokens, :2].abs() < 1e-5).all()
+        assert (output[tokens:] == 0).all()
+        assert (gradient[tokens:] == 0).all()
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_rows_of_no_sequence_case_12(p):
+    """They hold NaN, as does their incoming gradient: zeros come out, and nobody else sees it."""
+    problem = attention(lengths=(4, 6), spare_rows=5, p=p)
+    plain = attention(lengths=(4, 6), spare_rows=0, p=p)
+    plain.tensors = {"qkv": problem.tensors["qkv"][:10].clone()}
+    for impl in problem.implementations():
+        qkv, other = (x.tensors["qkv"].requires_grad_() for x in (problem, plain))
+        output, expected = problem.actual(qkv, impl=impl), plain.actual(other, impl=impl)
+        (gradient,) = torch.autograd.grad(output, qkv, problem.dy)
+        (expected_gradient,) = torch.autograd.grad(expected, other, problem.dy[:10])
+        assert (output[10:] == 0).all()
+        assert (gradient[10:] == 0).all()
+        assert torch.equal(output[:10], expected)
+        assert torch.equal(gradient[:10], expected_gradient)
+
+
+def test_more_than_65536_rows_case_20():
+    attention(lengths=[65] * 1010, heads=1, size=4).check()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_scale(impl):
+    attention(scale=0.1).check(impl)
+    qkv, cu_seqlens = torch.randn(4, 3, 1, 9), problems.cumulative([4])
+    default = ops.attention(qkv, cu_seqlens, 4, impl=impl)
+    assert torch.equal(default, ops.attention(qkv, cu_seqlens, 4, scale=1.0 / 3.0, impl=impl))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
+def test_large_scores(impl, dtype):
+    """Scores of some thousands: the largest is subtracted before the exponential."""
+    problem = attention(dtype=dtype)
+    problem.tensors = {"qkv": problem.tensors["qkv"] * 30.0}
+    problem.check(impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
+def test_log_sum_exp(impl, dtype):
+    """[A, T] in float32, zero in rows of no sequence."""
+    problem = attention(lengths=(3, 0, 40), heads=2, size=8, dtype=dtype)
+    qkv = problem.tensors["qkv"]
+    out, lse = torch.ops.fastbert.attention(qkv, problems.cumulative([3, 0, 40]), 40, 0.25, 0.0, None, impl)
+    assert out.is_contiguous()
+    assert lse.is_contiguous()
+    assert lse.dtype == torch.float32
+    expected = torch.zeros(2, 46, dtype=torch.float64)
+    for start, end in ((0, 3), (3, 43)):
+        q, k, _ = qkv[start:end].double().permute(1, 2, 0, 3)
+        expected[:, start:end] = torch.logsumexp(0.25 * q @ k.mT, -1)
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-2 if dtype.itemsize == 2 else 1e-5, atol=1e-2)
+    assert (lse[:, 43:] == 0).all()
+
+
+def uniform(lengths, heads):
+    """Each probability is one over the length, and the values are a one-hot code of the key."""
+    size = max(lengths)
+    parts = [
+        torch.stack([torch.zeros(n, heads, size)] * 2 + [torch.eye(n, size)[:, None].expand(-1, heads, -1)], 1)
+        for n in lengths
+    ]
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("impl", DROPPING)
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_the_mask_is_the_oracle_s_case_26_and_28(impl, p):
+    """Read off the output and off the gradient of the values, for each sequence, head, query and key."""
+    lengths, heads = (5, 5, 0, 17, 33), 3
+    seed = torch.tensor([problems.SEED])
+    qkv = uniform([n for n in lengths if n], heads).requires_grad_()
+    output = ops.attention(qkv, problems.cumulative(lengths), 33, dropout_p=p, seed=seed, impl=impl)
+    row = 0
+    for sequence, length in enumerate(lengths):
+        expected = philox.attention_mask(seed, torch.tensor([sequence]), heads, length, length, p)[0]
+        rows = slice(row, row + length)
+        assert torch.equal(output[rows, :, :length].transpose(0, 1) != 0, expected)
+        for query in range(length):
+            dy = torch.zeros_like(output)
+            dy[row + query] = 1.0
+            (gradient,) = torch.autograd.grad(output, qkv, dy, retain_graph=True)
+            assert torch.equal(gradient[rows, 2, :, 0].T != 0, expected[:, query])
+        row += length
+
+
+@pytest.mark.parametrize("impl", DROPPING)
+def test_kept_fraction_case_26(impl):
+    qkv = uniform([128, 128], 8)
+    output = ops.attention(qkv, problems.cumulative([128, 128]), 128, dropout_p=0.1, impl=impl)
+    assert abs((output != 0).double().mean().item() - 0.9) < 0.01
+    torch.testing.assert_close(output[output != 0].unique(), torch.tensor([philox.scale(0.1) / 128]))
+
+
+@pytest.mark.parametrize("impl", DROPPING)
+def test_everything_dropped_case_26(impl):
+    problem = attention(p=1.0, spare_rows=0)
+    qkv = problem.tensors["qkv"].requires_grad_()
+    output = problem.actual(qkv, impl=impl)
+    (gradient,) = torch.autograd.grad(output.sum(), qkv)
+    assert (output == 0).all()
+    assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_nothing_dropped_case_26(impl):
+    problem = attention()
+    plain = problem.actual(**problem.tensors, impl=impl)
+    tiny = attention(p=1e-9)
+    assert torch.equal(tiny.actual(**problem.tensors, impl=impl), plain)
+
+
+@pytest.mark.parametrize("impl", DROPPING)
+def test_the_mask_depends_on_no_padding_case_27(impl):
+    """Neither max_seqlen nor rows of no sequence change it."""
+    qkv, cu_seqlens, seed = torch.randn(20, 3, 2, 8), problems.cumulative([9, 7]), torch.tensor([3])
+    outputs = [
+        ops.attention(qkv[:rows], cu_seqlens, max_seqlen, dropout_p=0.5, seed=seed, impl=impl)[:16]
+        for rows, max_seqlen in ((16, 9), (20, 9), (16, 31))
+    ]
+    for output in outputs:
+        torch.testing.assert_close(output, outputs[0], rtol=1e-5, atol=1e-6)
+
+
+def test_dropout_is_refused_by_name():
+    with pytest.raises(select.UnsupportedError, match=r"sdpa.*can't draw the exact dropout mask"):
+        attention(p=0.1).actual(**attention().tensors, impl="sdpa")
+
+
+def call(qkv=None, cu_seqlens=None, max_seqlen=4, **options):
+    qkv = torch.randn(4, 3, 2, 8) if qkv is None else qkv
+    cu_seqlens = problems.cumulative([4]) if cu_seqlens is None else cu_seqlens
+    return ops.attention(qkv, cu_seqlens, max_seqlen, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"qkv": torch.zeros(4, 3, 2, 8, dtype=torch.int64)}, TypeError, r"qkv has dtype torch.int64; it may be"),
+        ({"qkv": torch.zeros(4, 2, 2, 8)}, ValueError, r"qkv has shape \(4, 2, 2, 8\); it must be \(T, 3, A, D\)"),
+        ({"qkv": torch.zeros(4, 48)}, ValueError, r"qkv has shape \(4, 48\)"),
+        ({"cu_seqlens": torch.tensor([0, 4])}, TypeError, r"cu_seqlens has dtype torch.int64; it must be torch.int32"),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, ValueError, r"cu_seqlens has shape \(0,\)"),
+        ({"cu_seqlens": torch.zeros(1, 2, dtype=torch.int32)}, ValueError, r"cu_seqlens has shape \(1, 2\)"),
+        ({"cu_seqlens": torch.zeros(2, dtype=torch.int32, device="meta")}, ValueError, "cu_seqlens is on meta"),
+        ({"max_seqlen": -1}, ValueError, "max_seqlen is -1"),
+        ({"dropout_p": 1.5}, ValueError, "dropout_p is 1.5; it must be between 0 and 1"),
+        ({"dropout_p": 0.1, "seed": torch.tensor([1.0])}, TypeError, "seed has dtype torch.float32"),
+        ({"dropout_p": 0.1, "seed": torch.tensor([1, 2])}, ValueError, r"seed has shape \(2,\)"),
+        ({"dropout_p": 0.1, "seed": torch.zeros(1, dtype=torch.int64, device="meta")}, ValueError, "seed is on meta"),
+    ],
+)
+def test_arguments(arguments, error, message):
+    with pytest.raises(error, match=message):
+        call(**arguments)
+
+
+@pytest.mark.parametrize("impl", [name for name in IMPLEMENTATIONS if name != "reference"])
+@pytest.mark.parametrize("offsets", [[1, 4], [0, 5], [0, 3, 2, 4], [0, 6]], ids=str)
+def test_offsets_that_do_not_fit(impl, offsets):
+    """A CPU can see them."""
+    with pytest.raises(ValueError, match=r"cu_seqlens is .*; it must ascend from 0 to at most 5"):
+        call(torch.randn(5, 3, 2, 8), torch.tensor(offsets, dtype=torch.int32), max_seqlen=4, impl=impl)

@@ -33,9 +33,18 @@ class PackedLinear(NamedTuple):
 
 
 class _Entry(NamedTuple):
+    """What a packed weight was made of. ``views`` are strided views of the parameters, ``samples`` what they held.
+
+    The views keep the parameters' memory, so that an address in ``stamp`` can't come to mean another tensor.
+    """
+
     stamp: tuple[object, ...]
+    views: tuple[Tensor, ...]
     samples: tuple[Tensor, ...]
     packed: PackedLinear
+
+    def holds(self, stamp: tuple[object, ...]) -> bool:
+        return self.stamp == stamp and all(map(torch.equal, self.views, self.samples))
 
 
 _entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
@@ -72,18 +81,19 @@ def unsupported(x: Tensor, linears: Sequence[nn.Linear]) -> str | None:
         return f"prepacked linears run on the cpu, and the tensors are on {x.device.type}"
     if torch.compiler.is_compiling():
         return "the model is being traced, and a prepacked weight is no part of a graph"
-    weight = linears[0].weight
-    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+    parameters = _parameters(linears)
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
         return "gradients are needed, and a prepacked weight has none (use torch.no_grad() or torch.inference_mode())"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on, which casts the weights at every use"
-    if x.dtype != weight.dtype:
-        return f"the input is {x.dtype} and the weight {weight.dtype}"
+    for parameter in parameters:
+        if parameter.dtype != x.dtype:
+            return f"the input is {x.dtype} and a weight or bias {parameter.dtype}"
+        if parameter.is_inference():
+            return "a weight was made in inference mode, where torch doesn't tell whether it has changed"
     if x.numel() == 0:
         return "there is nothing to multiply"
-    if weight.is_inference():
-        return "the weight was made in inference mode, where torch doesn't tell whether it has changed"
-    return missing(weight.dtype)
+    return missing(x.dtype)
 
 
 def pack(owner: nn.Module, linears: Sequence[nn.Linear]) -> PackedLinear:
@@ -92,16 +102,17 @@ def pack(owner: nn.Module, linears: Sequence[nn.Linear]) -> PackedLinear:
     The copy belongs to ``owner`` and is rebuilt if a weight or bias has another address, dtype, shape or version
     counter than before, or if one of a few sampled elements differs.
     """
-    parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
-    stamp = tuple((p.data_ptr(), p._version, p.dtype, p.shape) for p in parameters)
+    parameters = _parameters(linears)
+    stamp = tuple([(p.data_ptr(), p._version, p.dtype, p.shape) for p in parameters])
     entry = _entries.get(owner)
-    if entry is not None and entry.stamp == stamp and all(map(torch.equal, _sample(parameters), entry.samples)):
+    if entry is not None and entry.holds(stamp):
         return entry.packed
     with torch.no_grad(), _lock:
         weight = torch.cat([linear.weight.detach() for linear in linears])
         bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
         packed = PackedLinear(torch.ops.mkldnn._reorder_linear_weight(weight), bias)
-        _entries[owner] = _Entry(stamp, tuple(sample.clone() for sample in _sample(parameters)), packed)
+        views = tuple(p.detach().reshape(-1)[:: max(1, p.numel() // _SAMPLES)] for p in parameters)
+        _entries[owner] = _Entry(stamp, views, tuple(view.clone() for view in views), packed)
     return packed
 
 
@@ -139,6 +150,5 @@ def _linear_add(x: Tensor, packed: PackedLinear, other: Tensor) -> Tensor:
     return y
 
 
-def _sample(parameters: Sequence[Tensor]) -> list[Tensor]:
-    flat = [p.detach().reshape(-1) for p in parameters]
-    return [f[:: max(1, f.numel() // _SAMPLES)] for f in flat]
+def _parameters(linears: Sequence[nn.Linear]) -> list[Tensor]:
+    return [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]

@@ -39,7 +39,10 @@ def foreign_hook(module: nn.Module) -> str | None:
 
     Theirs gather and free sharded weights, mask pruned ones, or capture hidden states: no shape matters to them.
     """
-    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
+    sets = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    if not any(sets):
+        return None
+    for hooks in sets:
         for hook in hooks.values():
             while isinstance(hook, functools.partial):
                 hook = hook.func
@@ -55,13 +58,15 @@ def unusual(module: nn.Module, kind: type[nn.Module]) -> str | None:
         return f"it is a {type(module).__module__}.{type(module).__qualname__}, not a plain {kind.__name__}"
     if module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
         return "it has a hook"
-    if not all(_changes_nothing(hook, module) for hook in module._forward_hooks.values()):
-        return "it has a hook"
+    for hook in module._forward_hooks.values():
+        if not _changes_nothing(hook, module):
+            return "it has a hook"
     if "forward" in module.__dict__:
         return "its forward has been replaced"
-    for name, parameter in module.named_parameters(recurse=False):
-        if type(parameter) not in (nn.Parameter, Tensor) and not torch.compiler.is_compiling():
-            return f"its {name} is a {type(parameter).__name__}"
+    if not torch.compiler.is_compiling():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
+                return f"its {name} is a {type(parameter).__name__}"
     return None
 
 

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 # Writes through ``.data`` leave a tensor's version counter alone, so a few of its elements are compared as well.
 _SAMPLES = 64
-# oneDNN blocks a long sum over many rows badly in 16 bits: 1310 rows of K = 3072 to N = 768 run at 1.1 TFLOP/s on two
-# cores with AMX, and at 2.0 when they come 256 at a time. At K = 768 the whole product is the faster one.
-_ROWS = 256
-_LONG = 2048
+# oneDNN blocks a long sum badly in 16 bits for some numbers of rows: with K = 3072 and N = 768 on two cores with AMX,
+# 700 to 1310 rows run at 0.95 TFLOP/s whole and at 1.5 to 1.7 when they come 384 at a time; below and above that range
+# the whole product runs at 1.6 to 1.9. At K = 768 it is the faster one at any size.
+_SLOW_ROWS = range(512, 1450)
+_BLOCK_ROWS = 384
+_LONG_SUM = 2048
 
 
 class PackedLinear(NamedTuple):
@@ -139,8 +141,8 @@ def linear_gelu(x: Tensor, packed: PackedLinear, approximate: str) -> Tensor:
 
 def linear_add(x: Tensor, packed: PackedLinear, other: Tensor) -> Tensor:
     """xWᵀ + b + other, the addition inside the product; ``x`` is ``[..., K]``, ``other`` ``[..., N]``, contiguous."""
-    if x.dim() == 2 and x.itemsize == 2 and x.shape[1] >= _LONG and x.shape[0] > _ROWS:
-        blocks = zip(x.split(_ROWS), other.split(_ROWS), strict=True)
+    if x.dim() == 2 and x.itemsize == 2 and x.shape[1] >= _LONG_SUM and x.shape[0] in _SLOW_ROWS:
+        blocks = zip(x.split(_BLOCK_ROWS), other.split(_BLOCK_ROWS), strict=True)
         return torch.cat([_linear_add(rows, packed, added) for rows, added in blocks])
     return _linear_add(x, packed, other)
 

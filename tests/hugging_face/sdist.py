@@ -40,4 +40,5 @@ def _download(folder: str) -> None:
     except subprocess.TimeoutExpired as error:
         raise UnavailableError(f"pip didn't fetch {requirement} within {error.timeout:.0f} s") from error
     except subprocess.CalledProcessError as error:
-        raise UnavailableError(f"pip can't fetch the source of {requirement}: {error.stderr.strip()}") from error
+        told = error.stderr.strip().rpartition("\n")[2]
+        raise UnavailableError(f"pip can't fetch the source of {requirement}: {told}") from error

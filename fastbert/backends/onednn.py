@@ -113,7 +113,7 @@ def pack(owner: nn.Module, linears: Sequence[nn.Linear]) -> PackedLinear:
         weight = torch.cat([linear.weight.detach() for linear in linears])
         bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
         packed = PackedLinear(torch.ops.mkldnn._reorder_linear_weight(weight), bias)
-        views = tuple(p.detach().reshape(-1)[:: max(1, p.numel() // _SAMPLES)] for p in parameters)
+        views = tuple(p.detach().reshape(-1)[:: _sample_step(p)] for p in parameters)
         _entries[owner] = _Entry(stamp, views, tuple(view.clone() for view in views), packed)
     return packed
 
@@ -154,3 +154,8 @@ def _linear_add(x: Tensor, packed: PackedLinear, other: Tensor) -> Tensor:
 
 def _parameters(linears: Sequence[nn.Linear]) -> list[Tensor]:
     return [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
+
+
+def _sample_step(parameter: Tensor) -> int:
+    """The distance of samples in a flattened parameter: off whole rows by the golden section, to meet all columns."""
+    return max(1, parameter.numel() // _SAMPLES - round(0.382 * parameter.shape[-1]))

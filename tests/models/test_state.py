@@ -136,6 +136,15 @@ def _copy_into_data(linear, name):
     parameter.data.copy_(parameter.flip(0))
 
 
+def _clear_rows_of_data(linear, name):
+    # What is left of a pruned head: a quarter of the rows.
+    getattr(linear, name).data[16:32] = 0
+
+
+def _clear_columns_of_data(linear, name):
+    getattr(linear, name).data[..., 16:32] = 0
+
+
 def _replace_data(linear, name):
     parameter = getattr(linear, name)
     parameter.data = parameter.data * 1.5
@@ -168,6 +177,8 @@ EDITS = (
     _multiply_in_inference_mode,
     _multiply_data,
     _copy_into_data,
+    _clear_rows_of_data,
+    _clear_columns_of_data,
     _replace_data,
     _write_through_numpy,
     _replace_parameter,

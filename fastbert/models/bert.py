@@ -33,7 +33,33 @@ _SEQUENCE_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_le
 _IGNORED_LABEL = -100
 
 
-class BertModel(hf.BertModel):
+class _FromSafetensors:
+    """Loading that refuses a pickle unless it is asked for one."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *args: Any, use_safetensors: bool | None = None, **kwargs: Any
+    ) -> Any:
+        """As Hugging Face's, but for ``use_safetensors=None``: weights are then read from safetensors only.
+
+        Raises:
+            OSError: there are no safetensors. Where there is a pickle (``pytorch_model.bin``),
+                ``use_safetensors=False`` asks for it.
+        """
+        load = super().from_pretrained  # type: ignore[misc]
+        if use_safetensors is not None or pretrained_model_name_or_path is None:
+            return load(pretrained_model_name_or_path, *args, use_safetensors=use_safetensors, **kwargs)
+        try:
+            return load(pretrained_model_name_or_path, *args, use_safetensors=True, **kwargs)
+        except OSError as error:
+            if "safetensors" not in str(error):
+                raise
+            raise OSError(
+                f"{error} A pickle (pytorch_model.bin) is read only if asked for, with use_safetensors=False."
+            ) from error
+
+
+class BertModel(_FromSafetensors, hf.BertModel):
     """Hugging Face's ``BertModel`` that computes nothing for padding.
 
     Attributes:
@@ -268,7 +294,7 @@ def _hooked_part(model: hf.BertModel) -> str | None:
     return None
 
 
-class _Head(BertPreTrainedModel):
+class _Head(_FromSafetensors, BertPreTrainedModel):
     """What every head adds to Hugging Face's: the fused encoder, and a loss that Trainer divides itself."""
 
     # The losses are means over the batch at hand and take no token count. Said so, Trainer divides them by the number

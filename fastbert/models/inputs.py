@@ -61,7 +61,9 @@ def check(
         assert inputs_embeds is not None
         if inputs_embeds.dim() != 3:
             raise ValueError(f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; it must be [batch, sequence, H]")
-        batch, seqlen, _ = inputs_embeds.shape
+        batch, seqlen, hidden = inputs_embeds.shape
+        if hidden != config.hidden_size:
+            raise ValueError(f"inputs_embeds has {hidden} features; it must have hidden_size, {config.hidden_size}")
         name = "inputs_embeds"
     if batch == 0 or seqlen == 0:
         raise ValueError(f"{name} has {batch} sequences of length {seqlen}; there must be at least one of each")
@@ -73,6 +75,7 @@ def check(
             )
     else:
         _check_ids("position_ids", position_ids, config.max_position_embeddings, "max_position_embeddings")
+        _check_broadcast("position_ids", position_ids, name, batch, seqlen)
     if token_type_ids is not None:
         _check_ids("token_type_ids", token_type_ids, config.type_vocab_size, "type_vocab_size")
         _check_broadcast("token_type_ids", token_type_ids, name, batch, seqlen)
@@ -94,7 +97,8 @@ def _check_ids(name: str, ids: Tensor, limit: int, limit_name: str) -> None:
 
 
 def _check_broadcast(name: str, ids: Tensor, main: str, batch: int, seqlen: int) -> None:
-    if ids.dim() != 2 or ids.shape[0] not in (1, batch) or ids.shape[1] != seqlen:
+    sizes = (batch, seqlen)[-ids.dim() :]
+    if ids.dim() not in (1, 2) or any(size not in (1, whole) for size, whole in zip(ids.shape, sizes, strict=True)):
         raise ValueError(f"{name} has shape {tuple(ids.shape)}; with {main} of {(batch, seqlen)} it must match that")
 
 

@@ -106,7 +106,7 @@ class BertModel(_FromSafetensors, hf.BertModel):
         """
         read = kwargs.pop("read_positions", None)
         sequences = {name: kwargs.pop(name) for name in _SEQUENCE_ARGUMENTS if kwargs.get(name) is not None}
-        attention_mask = inputs.boolean_4d(attention_mask, self.config._attn_implementation)
+        attention_mask = inputs.boolean_4d(attention_mask, self.config._attn_implementation, self.dtype)
         if encoder_hidden_states is None and past_key_values is None:
             inputs.check(self.config, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         reason = self._padded_reason(

@@ -15,17 +15,18 @@ from transformers import BertConfig
 _ID_DTYPES = (torch.int64, torch.int32)
 
 
-def boolean_4d(mask: Tensor | None, attn_implementation: str) -> Tensor | None:
+def boolean_4d(mask: Tensor | None, attn_implementation: str, dtype: torch.dtype) -> Tensor | None:
     """Give a 0/1 or boolean 4-D mask one meaning, "attend where set"; other masks are returned as they are.
 
-    Attention by ``eager`` adds its mask to the scores, so there it becomes 0 and the lowest float32.
+    Attention by ``eager`` adds its mask to the scores, so there it becomes 0 and the lowest number of the model's
+    ``dtype``.
     """
     if mask is None or mask.dim() != 4 or mask.is_floating_point():
         return mask
     mask = mask.to(torch.bool)
     if attn_implementation != "eager":
         return mask
-    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def check(

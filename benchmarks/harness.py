@@ -10,7 +10,6 @@ import dataclasses
 import json
 import os
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -66,17 +65,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def write(name: str, data: dict[str, Any]) -> Path:
-    """Write ``data`` as JSON to ``benchmarks/results/<name>.json``."""
-    path = RESULTS / f"{name}.json"
-    path.parent.mkdir(exist_ok=True)
+def write(device: str, name: str, data: dict[str, Any]) -> Path:
+    """Write ``data`` as JSON to ``benchmarks/results/<device>/<name>.json``."""
+    path = RESULTS / device / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
     return path
-
-
-def slug(text: str) -> str:
-    """``text`` as a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def _version(package: str) -> str | None:

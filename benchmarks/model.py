@@ -1,6 +1,6 @@
 """BERT-base inference on the CPU: fastbert against Hugging Face's sdpa, and OpenVINO where it is installed.
 
-    python -m benchmarks.model [--seconds 20] [--dtype float32] [--dtype bfloat16] [--write]
+    python -m benchmarks.model [--seconds 20] [--dtype float32] [--dtype bfloat16] [--write DEVICE]
 
 Each row is one run: the contestants in turn on the same padded batch, the padding ratio, the error of each, and the
 floor, which is the time that the matrix products of the valid tokens take at the rate of a large product measured in
@@ -150,7 +150,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="time for each row")
     parser.add_argument("--dtype", action="append", choices=["float32", "bfloat16"], help="may be repeated")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/results/model-<processor>.json")
+    parser.add_argument("--write", metavar="DEVICE", help="write benchmarks/results/DEVICE/model.json")
     arguments = parser.parse_args()
     environment = harness.environment()
     torch.manual_seed(0)
@@ -169,7 +169,7 @@ def main() -> None:
     show(rows)
     if arguments.write:
         data = {"model": "BERT-base, random weights", "environment": environment, "rows": rows}
-        print(harness.write(f"model-{harness.slug(environment['processor'])}", data))
+        print(harness.write(arguments.write, "model", data))
 
 
 if __name__ == "__main__":

@@ -96,10 +96,13 @@ def test_scale(impl):
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
 def test_large_scores(impl, dtype):
-    """Scores of some thousands: the largest is subtracted before the exponential."""
+    """Scores of some thousands: the largest is subtracted before the exponential.
+
+    PyTorch's kernel takes the probabilities of its backward from the log-sum-exp, whose rounding grows with the scores.
+    """
     problem = attention(dtype=dtype)
     problem.tensors = {"qkv": problem.tensors["qkv"] * 30.0}
-    problem.check(impl)
+    problem.check(impl, roundings=1000 if impl == "sdpa" else 1)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

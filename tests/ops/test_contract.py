@@ -9,6 +9,8 @@ import threading
 import parity
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from ops import problems
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -43,8 +45,8 @@ def strided(x):
 
 
 def expanded(x):
-    """One row for all, in no memory of its own."""
-    return x[:1].expand(x.shape)
+    """One row for all, or with more dimensions one head (query, key and value) for all, in no memory of its own."""
+    return (x[:, :1] if x.ndim > 2 else x[:1]).expand(x.shape)
 
 
 @makers
@@ -57,6 +59,48 @@ def test_layouts_case_17_and_18(maker, dtype, layout):
     problem.dy = layout(torch.randn_like(problem.actual(**plain)) if problem.dy is None else problem.dy)
     assert all(problem.tensors[name].shape == x.shape for name, x in plain.items())
     problem.check()
+
+
+LAYOUTS = (torch.clone, chunked, transposed, offset, strided, expanded)
+SHAPES = st.lists(st.integers(0, 5), max_size=2).flatmap(
+    lambda batch: st.tuples(*map(st.just, batch), st.integers(4, 40))
+)
+SIZES = {
+    "attention": st.fixed_dictionaries(
+        {
+            # With one sequence of a usual length: eager PyTorch makes no errors to compare with on single tokens.
+            "lengths": st.lists(st.integers(0, 20), max_size=5).map(lambda lengths: [*lengths, 16]),
+            "heads": st.integers(1, 4),
+            "size": st.integers(3, 40),
+            "spare_rows": st.integers(0, 3),
+            "spare_keys": st.integers(0, 9),
+        }
+    ),
+    "linear_gelu": st.fixed_dictionaries({"shape": SHAPES, "features": st.integers(4, 20)}),
+    "embedding_layer_norm": st.fixed_dictionaries({"tokens": st.integers(0, 40), "hidden": st.integers(4, 40)}),
+}
+
+
+@makers
+@given(data=st.data(), dtype=st.sampled_from(problems.DTYPES), seed=st.integers(0, 2**32))
+@settings(
+    max_examples=15,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+def test_anything_case_46(maker, data, dtype, seed):
+    torch.manual_seed(seed)
+    op = maker().op
+    options = data.draw(SIZES.get(op, st.fixed_dictionaries({"shape": SHAPES})))
+    if maker().dropout_p > 0.0:
+        options |= {"p": data.draw(st.sampled_from([1e-4, 0.1, 0.5, 1.0])), "seed": seed - 2**31}
+    problem = maker(dtype=dtype, **options)
+    problem.tensors = {name: data.draw(st.sampled_from(LAYOUTS))(x) for name, x in problem.tensors.items()}
+    problem.dy = data.draw(st.sampled_from(LAYOUTS))(
+        parity.gradient_like(problem.eager(**problem.tensors)) if problem.dy is None else problem.dy
+    )
+    problem.check(roundings=8)
 
 
 @makers

@@ -51,6 +51,12 @@ def _heads_first(part: Tensor) -> Tensor:
     return part.movedim((0, 1), (-4, -2)).float()
 
 
+def _softmax(scores: Tensor, log_sum_exp: Tensor) -> Tensor:
+    """Softmax in place. The division takes back the rounding error of ``log_sum_exp``, which grows with the scores."""
+    probabilities = scores.sub_(log_sum_exp.unsqueeze(-1)).exp_()
+    return probabilities.div_(probabilities.sum(-1, keepdim=True))
+
+
 def forward(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -67,8 +73,7 @@ def forward(
         scores = (q * scale) @ k.transpose(-1, -2)
         log_sum_exp = torch.logsumexp(scores, -1)
         lse_part.copy_(log_sum_exp.transpose(0, 1))
-        probabilities = scores.sub_(log_sum_exp.unsqueeze(-1)).exp_()
-        attended = _drop(probabilities, run, dropout_p, seed) @ v
+        attended = _drop(_softmax(scores, log_sum_exp), run, dropout_p, seed) @ v
         out_part.copy_(attended.transpose(1, 2))
     return out, lse
 
@@ -98,7 +103,7 @@ def backward(
         q, k, v = _heads_first(qkv_part)
         grad = _heads_first(dout_part)
         scores = (q * scale) @ k.transpose(-1, -2)
-        probabilities = scores.sub_(lse_part.transpose(0, 1).unsqueeze(-1)).exp_()
+        probabilities = _softmax(scores, lse_part.transpose(0, 1))
         dprobabilities = _drop(grad @ v.transpose(-1, -2), run, dropout_p, seed)
         delta = (probabilities * dprobabilities).sum(-1, keepdim=True)
         dscores = dprobabilities.sub_(delta).mul_(probabilities).mul_(scale)

@@ -3,15 +3,16 @@
 For each sequence and head, with ``m`` the keep mask of ``backends/philox.py`` (its position is sequence, head, query,
 key) and ``s`` = 65536 / threshold(p), about 1 / (1 - p)::
 
-    S = scale * Q Kᵀ        lse = log(sum over keys of exp(S))        P = exp(S - lse)
+    S = scale * Q Kᵀ        P = softmax(S) = exp(S - lse)        lse = log(sum over keys of exp(S))
     O = (s * m * P) V
 
     dV = (s * m * P)ᵀ dO        dP = s * m * (dO Vᵀ)        delta = sum over keys of P * dP
     dS = P * (dP - delta)        dQ = scale * dS K        dK = scale * dSᵀ Q
 
-Attention: Vaswani et al., arXiv:1706.03762, section 3.2. The backward that recomputes P from the log-sum-exp: Dao et
-al., arXiv:2205.14135, appendix B.4; Dao, arXiv:2307.08691, section 3.1.2. There delta is the sum over D of dO * O, the
-same number without the keys at hand; its rounding errors are larger.
+Attention: Vaswani et al., arXiv:1706.03762, section 3.2. The backward that recomputes P: Dao et al., arXiv:2205.14135,
+appendix B.4; Dao, arXiv:2307.08691, section 3.1.2. There P comes from the log-sum-exp, and delta is the sum over D of
+dO * O, because a row of P is never at hand as a whole. Here it is, and what is computed from it has smaller rounding
+errors: those of exp(S - lse) grow with the scores.
 
 The packed rows are gathered into ``[B, max_seqlen]`` by index arithmetic, so shapes are static and nothing waits for
 the device. What the rows of no sequence hold is never read.
@@ -54,7 +55,8 @@ class _Layout:
 
 
 def _scores(q: Tensor, k: Tensor, valid: Tensor, scale: float) -> Tensor:
-    return (scale * q @ k.transpose(-1, -2)).masked_fill(~valid[:, None, None, :], float("-inf"))
+    """``[B, A, S, S]``; keys that are no tokens get the least number, not -inf, which alone in a row would be NaN."""
+    return (scale * q @ k.transpose(-1, -2)).masked_fill(~valid[:, None, None, :], torch.finfo(q.dtype).min)
 
 
 def _drop(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
@@ -73,9 +75,8 @@ def forward(
     layout = _Layout(cu_seqlens, max_seqlen, qkv.shape[0])
     q, k, v = (layout.pad(x) for x in qkv.to(compute_dtype(qkv.dtype)).unbind(1))
     scores = _scores(q, k, layout.valid, scale)
-    lse = torch.logsumexp(scores, -1).masked_fill(~layout.valid[:, None], 0.0)
-    probabilities = torch.exp(scores - lse[..., None])
-    out = _drop(probabilities, dropout_p, seed) @ v
+    out = _drop(torch.softmax(scores, -1), dropout_p, seed) @ v
+    lse = torch.logsumexp(scores, -1)
     return layout.unpad(out).to(qkv.dtype), layout.unpad(lse).T.contiguous()
 
 
@@ -92,10 +93,10 @@ def backward(
 ) -> Tensor:
     """dqkv ``[T, 3, A, D]``."""
     layout = _Layout(cu_seqlens, max_seqlen, qkv.shape[0])
-    dtype = lse.dtype
+    dtype = compute_dtype(qkv.dtype)
     q, k, v = (layout.pad(x) for x in qkv.to(dtype).unbind(1))
-    dout, out, lse = layout.pad(dout.to(dtype)), layout.pad(out.to(dtype)), layout.pad(lse.T)
-    probabilities = torch.exp(_scores(q, k, layout.valid, scale) - lse[..., None])
+    dout = layout.pad(dout.to(dtype))
+    probabilities = torch.softmax(_scores(q, k, layout.valid, scale), -1)
     dv = _drop(probabilities, dropout_p, seed).transpose(-1, -2) @ dout
     dprobabilities = _drop(dout @ v.transpose(-1, -2), dropout_p, seed)
     delta = (probabilities * dprobabilities).sum(-1, keepdim=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import threading
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from types import ModuleType
 from typing import TypeVar
 
 from torch import nn
+from transformers.models.bert import modeling_bert
+from transformers.utils.import_utils import _LazyModule
 
 from fastbert.models import bert
 
@@ -57,8 +60,7 @@ def patch() -> None:
     with _lock:
         if _replaced:
             return
-        modules = [importlib.import_module(name) for name in _PATCHED_MODULES]
-        for module in modules:
+        for module in _namespaces():
             for original, fused in bert.MODELS.items():
                 name = original.__name__
                 _replaced[module, name] = module.__dict__.get(name, _ABSENT)
@@ -88,4 +90,11 @@ def patched() -> Iterator[None]:
             unpatch()
 
 
-_PATCHED_MODULES = ("transformers", "transformers.models.bert", "transformers.models.bert.modeling_bert")
+def _namespaces() -> list[ModuleType]:
+    """Every module that hands out BERT's classes by name.
+
+    While transformers is being imported it makes its top module anew: code that imported it early holds another one
+    than ``sys.modules`` does, and each keeps the names that it was asked for.
+    """
+    top = [thing for thing in gc.get_objects() if type(thing) is _LazyModule and thing.__name__ == "transformers"]
+    return [*top, importlib.import_module("transformers.models.bert"), modeling_bert]

@@ -93,17 +93,21 @@ def _parts(path: str, model: bert.BertModel) -> list[Part]:
     attention = dataclasses.replace(
         hidden, dropout_p=float(probs_p), head_size=config.hidden_size // config.num_attention_heads
     )
-    rows = [_fused_or_op(f"{path}.embeddings", "embeddings", model.embeddings, "embedding_layer_norm", hidden)]
     layout_reason = bert.static_padded_reason(model)
+    if layout_reason:
+        rows = [Part(f"{path}.embeddings", "embeddings", "Hugging Face", layout_reason)]
+    else:
+        rows = [_fused_or_op(f"{path}.embeddings", "embeddings", model.embeddings, "embedding_layer_norm", hidden)]
     for index, layer in enumerate(model.encoder.layer):
         where = f"{path}.encoder.layer.{index}"
         if not isinstance(layer, layers.BertLayer):
             continue
         attend = layer.attention.self
-        rows.append(_linear(f"{where}.attention.self", "query, key, value", attend, training, "one product"))
         if layout_reason:
+            rows.append(Part(f"{where}.attention.self", "query, key, value", "modules, one by one", layout_reason))
             rows.append(Part(f"{where}.attention.self", "attention", config._attn_implementation, layout_reason))
         else:
+            rows.append(_linear(f"{where}.attention.self", "query, key, value", attend, training, "one product"))
             rows.append(_op(f"{where}.attention.self", "attention", "attention", attention))
         for name, part in (("attention.output", layer.attention.output), ("output", layer.output)):
             rows.append(

@@ -162,11 +162,13 @@ def _embed(
     ] = None,
     max_length: _MaxLength = None,
     tokens_per_batch: Annotated[
-        int,
+        int | None,
         typer.Option(
-            callback=_at_least(1), help="Tokens in a batch at most; a single longer text is a batch of its own."
+            callback=_at_least(1),
+            help="Tokens in a batch at most; a longer text is a batch by itself. Default: 4096 on cpu, 65536 on cuda.",
+            show_default=False,
         ),
-    ] = 8192,
+    ] = None,
     dtype: _Dtype = Dtype.float32,
     device: _Device = None,
     threads: _Threads = None,

@@ -170,11 +170,13 @@ def _what_ran(model: nn.Module) -> list[Ran]:
     with contextlib.redirect_stdout(io.StringIO()):
         rows = fastbert.explain(model)
     counts = Counter(
-        (re.sub(r"\b\d+\b", "*", row.path.removeprefix("model.")), row.part, row.implementation, row.reason)
-        for row in rows
-        if row.path != "model"
+        (_any_layer(row.path), row.part, row.implementation, row.reason) for row in rows if row.path != "model"
     )
     return [Ran(path, part, count, *rest) for (path, part, *rest), count in counts.items()]
+
+
+def _any_layer(path: str) -> str:
+    return re.sub(r"\b\d+\b", "*", path.removeprefix("model.").removeprefix("encoder."))
 
 
 def _print(

@@ -30,6 +30,8 @@ _SUFFIXES = (".npy", ".parquet")
 # Lines that are read, sorted by length and written together: what is in memory, and what a killed run loses.
 _WINDOW_LINES = 4096
 _WINDOW_BYTES = 4 << 20
+# A CPU gains nothing from more than these, and a GPU needs as many to be busy.
+_TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
 # fastbert computes nothing for padding, but the states that it returns are padded.
 _PADDED_PER_VALID = 2
 _INTERRUPTED = 130
@@ -45,7 +47,7 @@ class Options:
     pooling: Pooling | None
     normalize: bool | None
     max_length: int | None
-    tokens_per_batch: int
+    tokens_per_batch: int | None
     dtype: Dtype
     device: Device | None
     threads: int | None
@@ -189,7 +191,7 @@ def _embedder(options: Options, bert: checkpoint.Checkpoint) -> Embedder:
         max_length=checkpoint.length_limit(bert, tokenizer, options.max_length, wanted.max_length),
         pooling=options.pooling or wanted.pooling or Pooling.mean,
         normalize=bool(wanted.normalize) if options.normalize is None else options.normalize,
-        tokens_per_batch=options.tokens_per_batch,
+        tokens_per_batch=options.tokens_per_batch or _TOKENS_PER_BATCH[device.type],
     )
 
 
@@ -239,6 +241,7 @@ def _embed_rest(path: Path, file: BinaryIO, state: texts.State, embedder: Embedd
                 made[members] = embeddings
                 advance(sum(len(window[i].raw) for i in members))
             rows.append(made, sum(len(line.raw) for line in window))
+            machine.release_memory()
             if texts.state(file) != state:
                 raise Refusal(f"--texts {path} was changed while it was read; --restart begins again")
 

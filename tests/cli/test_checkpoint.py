@@ -243,7 +243,7 @@ def test_code_in_a_pickle_never_runs(refused, folder, tmp_path, options):
     _to_pickle(folder)
     fuse = tmp_path / "ran"
     with (folder / "pytorch_model.bin").open("wb") as file:
-        pickle.dump({"embeddings.word_embeddings.weight": _Bomb(str(fuse))}, file)
+        pickle.dump({"embeddings.word_embeddings.weight": _Bomb(str(fuse))}, file, protocol=2)
     refused(folder, *options)
     assert not fuse.exists()
 

@@ -1,0 +1,190 @@
+"""``fastbert doctor``: what is missing is told, what is broken is found."""
+
+import importlib
+import json
+
+import pytest
+import torch
+from cli import tiny
+
+from fastbert import ops
+from fastbert.backends import extension
+from fastbert.cli import machine, selftest
+from fastbert.ops.layer_norm import torch as layer_norm
+
+
+@pytest.fixture
+def fresh_extension():
+    """The extension is looked for again, and once more when the test is over."""
+    extension._attempt.cache_clear()
+    yield
+    extension._attempt.cache_clear()
+
+
+def _findings():
+    result = tiny.run("doctor", "--json")
+    return result.exit_code, json.loads(result.stdout, parse_constant=pytest.fail)
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    """(exit code, findings) with nothing spoilt."""
+    return _findings()
+
+
+def test_all_is_well_here(healthy):
+    code, found = healthy
+    assert found["problems"] == []
+    assert code == 0
+    assert found["healthy"]
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["devices"][0]["type"] == "cpu"
+    assert found["extension"]["missing"] is None
+    assert found["extension"]["build"]["version"] == found["versions"]["fastbert"]
+
+
+def test_every_op_is_tested_in_every_dtype(healthy):
+    _, found = healthy
+    tested = {(check["what"].partition(":")[0], check["dtype"]) for check in found["self_test"]}
+    assert tested >= {(op, dtype) for op in ops.__all__ for dtype in ("float32", "bfloat16", "float16")}
+    assert ("BertModel against Hugging Face", "float32") in tested
+    assert all(check["failure"] is None and check["error"] <= check["tolerance"] for check in found["self_test"])
+
+
+def test_every_implementation_is_told_with_its_reasons(healthy):
+    _, found = healthy
+    rows = found["implementations"]
+    assert {row["op"] for row in rows} == set(ops.__all__)
+    by_request = {}
+    for row in rows:
+        by_request.setdefault((row["op"], row["device"], row["dtype"], row["mode"]), []).append(row)
+    assert all(sum(row["chosen"] for row in group) == 1 for group in by_request.values())
+    cuda = [row for row in rows if row["implementation"] == "cuda" and row["device"] == "cpu"]
+    assert cuda
+    assert all("cuda" in reason for row in cuda for reason in row["reasons"])
+
+
+def test_the_tables_for_people():
+    result = tiny.run("doctor")
+    assert result.exit_code == 0, result.output
+    for shown in ("all is well", "self-test", "layer_norm", "inference", "training", torch.__version__):
+        assert shown in result.stdout
+
+
+@pytest.mark.usefixtures("fresh_extension")
+@pytest.mark.parametrize("error", [ImportError("invalid ELF header"), SystemError("bad magic")])
+def test_a_broken_extension(monkeypatch, error):
+    """Case 44."""
+    import_module = importlib.import_module
+
+    def broken(name, package=None):
+        if name == "fastbert._C":
+            raise error
+        return import_module(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    code, found = _findings()
+    assert code == 1
+    assert len(found["problems"]) == 1
+    assert str(error) in found["problems"][0]
+    assert "pip install" in found["problems"][0]
+    # The rest works.
+    assert all(check["failure"] is None for check in found["self_test"])
+    rows = [row for row in found["implementations"] if row["op"] == "bias_dropout_residual" and row["chosen"]]
+    assert {row["implementation"] for row in rows} == {"reference"}
+    result = tiny.run("doctor")
+    assert result.exit_code == 1
+    assert str(error) in result.stdout
+
+
+@pytest.mark.usefixtures("fresh_extension")
+def test_an_extension_of_another_version(monkeypatch):
+    """Case 44."""
+    monkeypatch.setattr(extension, "__version__", "99.0")
+    code, found = _findings()
+    assert code == 1
+    assert "99.0" in found["problems"][0]
+
+
+def test_without_triton_all_is_well(monkeypatch):
+    """Case 44."""
+    installed = machine._installed
+    monkeypatch.setattr(machine, "_installed", lambda package: None if package == "triton" else installed(package))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    code, found = _findings()
+    assert code == 0
+    assert found["versions"]["triton"] is None
+
+
+def _layer_norm_problems():
+    code, found = _findings()
+    assert code == 1
+    assert not found["healthy"]
+    problems = [problem for problem in found["problems"] if "layer_norm: torch" in problem]
+    assert len(problems) >= len(selftest.DTYPES)
+    return problems
+
+
+def test_a_wrong_forward_is_found(monkeypatch):
+    forward = layer_norm.forward
+
+    def wrong(*args):
+        output, *saved = forward(*args)
+        return output * 1.1, *saved
+
+    monkeypatch.setattr(layer_norm, "forward", wrong)
+    assert all("output is off by" in problem for problem in _layer_norm_problems())
+
+
+def test_a_wrong_gradient_is_found(monkeypatch):
+    backward = layer_norm.backward
+
+    def wrong(*args):
+        dx, dweight, dbias = backward(*args)
+        return dx, dweight * 1.1, dbias
+
+    monkeypatch.setattr(layer_norm, "backward", wrong)
+    assert all("gradient of weight is off by" in problem for problem in _layer_norm_problems())
+
+
+def test_nan_is_found(monkeypatch):
+    forward = layer_norm.forward
+
+    def wrong(*args):
+        output, *saved = forward(*args)
+        return output * float("nan"), *saved
+
+    monkeypatch.setattr(layer_norm, "forward", wrong)
+    assert all("isn't finite" in problem for problem in _layer_norm_problems())
+
+
+def test_a_kernel_that_raises_is_found(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("illegal instruction")
+
+    monkeypatch.setattr(layer_norm, "forward", broken)
+    assert all("RuntimeError: illegal instruction" in problem for problem in _layer_norm_problems())
+    result = tiny.run("doctor")
+    assert result.exit_code == 1
+    assert "illegal instruction" in result.stdout
+
+
+def test_a_wrong_model_is_found(monkeypatch):
+    """The model's inference goes ways that no op goes: oneDNN's products."""
+    from fastbert.backends import onednn
+
+    linear = onednn.linear
+    monkeypatch.setattr(onednn, "linear", lambda x, packed: linear(x, packed) + 0.01)
+    code, found = _findings()
+    if found["prepacked_linears"]["float32"]:
+        pytest.skip("no prepacked linears on this machine")
+    assert code == 1
+    assert "states is off by" in found["problems"][0]
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_examined():
+    code, found = _findings()
+    assert code == 0, found["problems"]
+    assert {check["device"] for check in found["self_test"]} == {"cpu", "cuda"}
+    assert [device for device in found["devices"] if device["type"] == "cuda"]

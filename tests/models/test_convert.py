@@ -179,6 +179,7 @@ def test_accelerate_after_fine_tuning_of_subclasses():
             "no BERT in model can be packed: the model: attn_implementation='eager' was asked for",
         ),
     ],
+    ids=["linear", "roberta", "decoder", "eager"],
 )
 def test_strict_says_why_nothing_is_fused(build, told):
     model = build()
@@ -385,6 +386,7 @@ TINY = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
         (lambda: transformers.LlamaModel(transformers.LlamaConfig(**TINY, num_key_value_heads=2)), 0),
         (lambda: hf.BertModel(twins.config(is_decoder=True)), 0),
     ],
+    ids=["roberta", "distilbert", "llama", "decoder"],
 )
 @pytest.mark.parametrize("kind", ["none", "right"])
 def test_attention_interface_of_other_models(build, calls, kind):

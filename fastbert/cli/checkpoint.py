@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import importlib.util
 import json
 import pickle
@@ -27,11 +28,9 @@ _DEFAULT_NAME = "all-MiniLM-L6-v2"
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "spiece.model")
+_TOKENIZER = (*_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # What is fetched of a hub repository: first what tells whether it can be served at all, then the weights.
-_DESCRIPTION = (
-    *("config.json", "modules.json", "sentence_bert_config.json", "*_Pooling/config.json"),
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *_VOCABULARIES),
-)
+_DESCRIPTION = ("config.json", *_TOKENIZER, "modules.json", "sentence_bert_config.json", "*_Pooling/config.json")
 _SAFETENSORS_SHARDS = "model-*-of-*.safetensors"
 _PICKLE_SHARDS = "pytorch_model-*-of-*.bin"
 _KEYS_NAMED = 3
@@ -100,8 +99,12 @@ def load_model(checkpoint: Checkpoint, kind: type[_Model], dtype: torch.dtype, d
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (SafetensorError, pickle.UnpicklingError, OSError, EOFError, RuntimeError, ValueError, ImportError) as error:
-        raise Refusal(f"{checkpoint.name} can't be loaded, its weights are damaged: {first_line(error)}") from error
+    except (SafetensorError, EOFError) as error:
+        raise Refusal(f"the weights of {checkpoint.name} are damaged: {first_line(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise Refusal(f"{_PICKLES[0]} of {checkpoint.name} is damaged or holds more than weights") from error
+    except (OSError, RuntimeError, ValueError, ImportError) as error:
+        raise Refusal(f"{checkpoint.name} can't be loaded: {first_line(error)}") from error
     if report["mismatched_keys"]:
         key, found, expected = sorted(report["mismatched_keys"])[0]
         raise Refusal(
@@ -149,6 +152,17 @@ def length_limit(
     if requested > positions:
         raise Refusal(f"--max-length is {requested}; {checkpoint.name} has positions for {positions} tokens")
     return requested
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """A hash of the files that the results depend on: configuration, tokenizer and weights."""
+    weights = (*_PICKLES, _PICKLE_SHARDS) if checkpoint.is_pickle else (*_SAFETENSORS, _SAFETENSORS_SHARDS)
+    digest = hashlib.sha256()
+    for pattern in ("config.json", *_TOKENIZER, *weights):
+        for path in sorted(checkpoint.folder.glob(pattern)):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _locate(model: str | None) -> tuple[str, Path, bool]:

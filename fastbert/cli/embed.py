@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -117,7 +116,7 @@ def run(options: Options) -> None:
         embedder = _embedder(options, bert)
         identity = {
             "text": scan.sha256,
-            "model": _fingerprint(bert, embedder),
+            "model": checkpoint.fingerprint(bert),
             "pooling": embedder.pooling,
             "normalize": embedder.normalize,
             "max_length": embedder.max_length,
@@ -193,18 +192,6 @@ def _embedder(options: Options, bert: checkpoint.Checkpoint) -> Embedder:
         normalize=bool(wanted.normalize) if options.normalize is None else options.normalize,
         tokens_per_batch=options.tokens_per_batch or _TOKENS_PER_BATCH[device.type],
     )
-
-
-def _fingerprint(bert: checkpoint.Checkpoint, embedder: Embedder) -> str:
-    """A hash of the weights, the configuration and the tokenizer."""
-    digest = hashlib.sha256((bert.folder / "config.json").read_bytes())
-    tokenizer = embedder.tokenizer
-    told = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else str(sorted(tokenizer.get_vocab().items()))
-    digest.update(told.encode())
-    for name, parameter in embedder.model.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _check_space(out: Path, rows: PartialRows, total: int) -> None:

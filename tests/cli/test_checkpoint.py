@@ -152,7 +152,7 @@ def test_truncated_safetensors(refused, folder, kept):
     path = folder / "model.safetensors"
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
-    assert "can't be loaded" in refused(folder)
+    assert "the weights of spoilt are damaged" in refused(folder)
 
 
 def test_a_damaged_file_leaves_no_model(folder):
@@ -246,6 +246,13 @@ def test_code_in_a_pickle_never_runs(refused, folder, tmp_path, options):
         pickle.dump({"embeddings.word_embeddings.weight": _Bomb(str(fuse))}, file, protocol=2)
     refused(folder, *options)
     assert not fuse.exists()
+
+
+def test_sizes_that_do_not_go_together(refused, folder):
+    _change_config(folder, num_attention_heads=5)
+    told = refused(folder)
+    assert "can't be loaded" in told
+    assert "5" in told
 
 
 def test_no_weights(refused, folder):

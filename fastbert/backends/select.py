@@ -22,13 +22,15 @@ class Request:
     """The facts about a call that decide who can serve it.
 
     ``device`` is a ``torch.device.type``; ``dtype`` that of the computation; ``dropout_p`` the probability of the
-    dropout inside the op; ``head_size`` is set by attention only.
+    dropout inside the op; ``head_size`` is set by attention only; ``index`` is that of a CUDA device, where it matters
+    which one it is.
     """
 
     device: str
     dtype: torch.dtype
     dropout_p: float = 0.0
     head_size: int | None = None
+    index: int | None = None
 
 
 class UnsupportedError(RuntimeError):
@@ -156,8 +158,8 @@ def needs_host_extension(request: Request) -> Iterator[str]:
 
 
 def needs_cuda_extension(request: Request) -> Iterator[str]:
-    """A reason if the CUDA kernels of the extension can't be used."""
-    if reason := _missing_cuda_extension():
+    """A reason if the CUDA kernels of the extension can't be used, or not on the request's device."""
+    if reason := _missing_cuda_extension(request.index):
         yield reason
 
 
@@ -168,5 +170,5 @@ def _missing_extension() -> str | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _missing_cuda_extension() -> str | None:
-    return extension.missing_cuda()
+def _missing_cuda_extension(index: int | None) -> str | None:
+    return extension.missing_cuda() if index is None else extension.missing_on_device(index)

@@ -255,7 +255,7 @@ def embedding_layer_norm(
     )
 
 
-# What every op must pass: by a name for the test's id, a maker of a small problem in a dtype.
+# What every test of the contract is run on: by the op's name, with its dropout or without, a maker of a small problem.
 MAKERS: dict[str, Callable[..., Problem]] = {
     "attention": attention,
     "attention-dropout": functools.partial(attention, p=0.1),
@@ -263,6 +263,9 @@ MAKERS: dict[str, Callable[..., Problem]] = {
     "bias_gelu": bias_gelu,
     "linear_gelu": linear_gelu,
     "bias_dropout_residual": bias_dropout_residual,
+    "bias_dropout_residual-none": functools.partial(bias_dropout_residual, p=0.0),
     "bias_dropout_residual_layer_norm": bias_dropout_residual_layer_norm,
+    "bias_dropout_residual_layer_norm-none": functools.partial(bias_dropout_residual_layer_norm, p=0.0, has_bias=False),
     "embedding_layer_norm": embedding_layer_norm,
+    "embedding_layer_norm-none": functools.partial(embedding_layer_norm, p=0.0),
 }

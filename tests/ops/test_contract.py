@@ -62,7 +62,7 @@ def test_layouts_case_17_and_18(maker, dtype, layout):
 
 
 LAYOUTS = (torch.clone, chunked, transposed, offset, strided, expanded)
-SHAPES = st.lists(st.integers(0, 5), max_size=2).flatmap(
+SHAPES = st.lists(st.integers(0, 5), min_size=1, max_size=2).flatmap(
     lambda batch: st.tuples(*map(st.just, batch), st.integers(4, 40))
 )
 SIZES = {

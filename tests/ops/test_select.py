@@ -113,3 +113,14 @@ def test_the_extension_s_reason_is_shown(monkeypatch):
     rows = {row.implementation: row for row in select.table("bias_dropout_residual").explain(REQUEST)}
     assert rows["cpu"].reasons == ("fastbert._C is broken: reinstall",)
     assert rows["reference"].chosen
+
+
+def test_a_gpu_that_the_build_does_not_know(monkeypatch):
+    monkeypatch.setattr(extension, "missing_cuda", lambda: None)
+    monkeypatch.setattr(extension, "missing_on_device", lambda index: f"device {index} is too old" if index else None)
+    table = select.table("bias_dropout_residual")
+    first, second = (select.Request("cuda", torch.float32, index=index) for index in (0, 1))
+    assert table.choose(None, first) == table.choose(None, select.Request("cuda", torch.float32)) == "cuda"
+    assert table.choose(None, second) == "reference"
+    with pytest.raises(select.UnsupportedError, match="device 1 is too old"):
+        table.choose("cuda", second)

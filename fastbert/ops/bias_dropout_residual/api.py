@@ -71,7 +71,7 @@ def bias_dropout_residual(
     checks.same_device(x=x, bias=bias, residual=residual)
     seed = checks.dropout_seed(p, seed, x.device)
     dtype = torch.promote_types(x.dtype, residual.dtype)
-    name = TABLE.choose(impl, select.Request(x.device.type, dtype, p))
+    name = TABLE.choose(impl, select.Request(x.device.type, dtype, p, index=x.device.index))
     bias = None if bias is None else bias.to(dtype)
     output: Tensor = torch.ops.fastbert.bias_dropout_residual(x.to(dtype), bias, residual.to(dtype), p, seed, name)
     return output

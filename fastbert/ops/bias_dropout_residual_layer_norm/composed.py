@@ -13,7 +13,7 @@ _ops = torch.ops.fastbert
 
 
 def _best(op: str, x: Tensor, p: float = 0.0) -> str:
-    return select.table(op).choose(None, select.Request(x.device.type, x.dtype, p))
+    return select.table(op).choose(None, select.Request(x.device.type, x.dtype, p, index=x.device.index))
 
 
 def forward(

@@ -39,10 +39,9 @@ def foreign_hook(module: nn.Module) -> str | None:
 
     Theirs gather and free sharded weights, mask pruned ones, or capture hidden states: no shape matters to them.
     """
-    sets = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    if not any(sets):
+    if not (module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks):
         return None
-    for hooks in sets:
+    for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks):
         for hook in hooks.values():
             while isinstance(hook, functools.partial):
                 hook = hook.func

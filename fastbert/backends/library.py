@@ -43,12 +43,6 @@ def define(
     torch.library.define(forward_name, forward)
     torch.library.define(backward_name, backward)
 
-    def run_forward(*args: Any) -> Any:
-        return _without_autocast(select.load(op, args[-1]).forward, args[:-1])
-
-    def run_backward(*args: Any) -> Any:
-        return _without_autocast(select.load(op, args[-1]).backward, args[:-1])
-
     def run_setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if isinstance(output, tuple):
             ctx.mark_non_differentiable(*output[1:])
@@ -62,8 +56,8 @@ def define(
         raise RuntimeError(f"fastbert.ops.{op} has no second derivative: its backward can't be differentiated")
 
     for device in ("cpu", "cuda"):
-        torch.library.impl(forward_name, device, run_forward)
-        torch.library.impl(backward_name, device, run_backward)
+        torch.library.impl(forward_name, device, _kernel(op, "forward", device))
+        torch.library.impl(backward_name, device, _kernel(op, "backward", device))
     torch.library.register_fake(forward_name, forward_fake)
     torch.library.register_fake(backward_name, backward_fake)
     torch.library.register_autograd(forward_name, run_autograd, setup_context=run_setup_context)
@@ -82,10 +76,17 @@ def none_where_masked(gradients: Sequence[Tensor], output_mask: Sequence[bool]) 
     return tuple(grad if wanted else None for grad, wanted in zip(gradients, output_mask, strict=True))
 
 
-def _without_autocast(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Call an implementation with autocast off: it has chosen its dtypes, and a float32 product must stay one."""
-    device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
-    if not torch.is_autocast_enabled(device):
-        return function(*args)
-    with torch.autocast(device, enabled=False):
-        return function(*args)
+def _kernel(op: str, direction: str, device: str) -> Callable[..., Any]:
+    """What the dispatcher calls: ``direction`` of the implementation that the last argument names.
+
+    Autocast is off in it: the implementation has chosen its dtypes, and a float32 product must stay one.
+    """
+
+    def run(*args: Any) -> Any:
+        function = getattr(select.load(op, args[-1]), direction)
+        if not torch.is_autocast_enabled(device):
+            return function(*args[:-1])
+        with torch.autocast(device, enabled=False):
+            return function(*args[:-1])
+
+    return run

@@ -65,6 +65,7 @@ class Table:
     def __init__(self, op: str, implementations: tuple[Implementation, ...]) -> None:
         self.op = op
         self._implementations = {implementation.name: implementation for implementation in implementations}
+        self._modules: dict[str, ModuleType] = {}
         _TABLES[op] = self
 
     @property
@@ -81,7 +82,7 @@ class Table:
         """
         if impl is None:
             for name, implementation in self._implementations.items():
-                if not any(True for _ in implementation.reasons(request)):
+                if next(implementation.reasons(request), None) is None:
                     return name
             raise UnsupportedError(f"{self.op}: no implementation can serve {request}; {self._all_reasons(request)}")
         if impl not in self._implementations:
@@ -93,7 +94,10 @@ class Table:
 
     def load(self, name: str) -> ModuleType:
         """The module of an implementation, imported at its first use."""
-        return importlib.import_module(self._implementations[name].module)
+        module = self._modules.get(name)
+        if module is None:
+            module = self._modules[name] = importlib.import_module(self._implementations[name].module)
+        return module
 
     def explain(self, request: Request) -> list[Choice]:
         """Every implementation with its reasons against ``request``, the chosen one marked."""
@@ -120,6 +124,11 @@ def table(op: str) -> Table:
 def load(op: str, name: str) -> ModuleType:
     """The module of implementation ``name`` of ``op``."""
     return _TABLES[op].load(name)
+
+
+def best(op: str, request: Request) -> ModuleType:
+    """The module of the implementation of ``op`` that ``impl=None`` chooses for ``request``."""
+    return load(op, _TABLES[op].choose(None, request))
 
 
 def explain(request: Request) -> list[Choice]:

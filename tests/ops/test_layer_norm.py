@@ -107,14 +107,14 @@ def test_16_bit_gradients_of_parameters_are_summed_in_float32(dtype, impl):
 
 @implementations
 def test_statistics(impl):
-    """mean and rstd ``[...]`` in float32, for a backward of another implementation."""
+    """mean and rstd ``[..., 1]`` in float32, for a backward of another implementation."""
     x = torch.randn(2, 5, 24).to(torch.bfloat16)
     weight = torch.ones(24).to(torch.bfloat16)
     _, mean, rstd = torch.ops.fastbert.layer_norm(x, weight, weight, 1e-5, impl)
-    assert mean.shape == rstd.shape == (2, 5)
+    assert mean.shape == rstd.shape == (2, 5, 1)
     assert mean.dtype == rstd.dtype == torch.float32
-    torch.testing.assert_close(mean, x.float().mean(-1))
-    torch.testing.assert_close(rstd, torch.rsqrt(x.float().var(-1, correction=0) + 1e-5))
+    torch.testing.assert_close(mean, x.float().mean(-1, keepdim=True))
+    torch.testing.assert_close(rstd, torch.rsqrt(x.float().var(-1, correction=0, keepdim=True) + 1e-5))
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import torch
+from types import ModuleType
+
 from torch import Tensor
 
 import fastbert.ops.bias_dropout_residual
-import fastbert.ops.layer_norm  # noqa: F401  both register their ops
+import fastbert.ops.layer_norm  # noqa: F401  both fill their tables
 from fastbert.backends import select
 
-_ops = torch.ops.fastbert
 
-
-def _best(op: str, x: Tensor, p: float = 0.0) -> str:
-    return select.table(op).choose(None, select.Request(x.device.type, x.dtype, p, index=x.device.index))
+def _best(op: str, x: Tensor, p: float = 0.0) -> ModuleType:
+    return select.best(op, select.Request(x.device.type, x.dtype, p, index=x.device.index))
 
 
 def forward(
@@ -26,9 +25,9 @@ def forward(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y ``[..., H]``, h ``[..., H]``, mean ``[...]``, rstd ``[...]``)."""
-    hidden = _ops.bias_dropout_residual(x, bias, residual, p, seed, _best("bias_dropout_residual", x, p))
-    y, mean, rstd = _ops.layer_norm(hidden, weight, ln_bias, eps, _best("layer_norm", x))
+    """(y ``[..., H]``, h ``[..., H]``, mean ``[..., 1]``, rstd ``[..., 1]``)."""
+    hidden = _best("bias_dropout_residual", x, p).forward(x, bias, residual, p, seed)
+    y, mean, rstd = _best("layer_norm", hidden).forward(hidden, weight, ln_bias, eps)
     return y, hidden, mean, rstd
 
 
@@ -48,15 +47,13 @@ def backward(
     dresidual.
     """
     needs_dbias, needs_dweight, needs_dln_bias = output_mask
-    dhidden, dweight, dln_bias = _ops.layer_norm_bwd(
-        dy, hidden, weight, mean, rstd, (True, needs_dweight, needs_dln_bias), _best("layer_norm", hidden)
+    dhidden, dweight, dln_bias = _best("layer_norm", hidden).backward(
+        dy, hidden, weight, mean, rstd, [True, needs_dweight, needs_dln_bias]
     )
     if seed is None:
         dx = hidden.new_empty(0)
         rows = dhidden.reshape(-1, dhidden.shape[-1])
         dbias = rows.sum(0) if needs_dbias else hidden.new_empty(0)
     else:
-        dx, dbias = _ops.bias_dropout_residual_bwd(
-            dhidden, p, seed, needs_dbias, _best("bias_dropout_residual", hidden, p)
-        )
+        dx, dbias = _best("bias_dropout_residual", hidden, p).backward(dhidden, p, seed, needs_dbias)
     return dhidden, dx, dbias, dweight, dln_bias

@@ -11,7 +11,7 @@ LayerNorm, forward and backward.
 ===========  ==========================================================================
 computes in  float32 for 16-bit inputs, otherwise the dtype of ``x``; the variance is a
              second pass over centred values
-saves        h ``[..., H]`` in the dtype of ``x``; mean and rstd ``[...]`` of h as saved,
+saves        h ``[..., H]`` in the dtype of ``x``; mean and rstd ``[..., 1]`` of h as saved,
              in the dtype of the computation
 supports     every device, floating dtype, size and stride
 ===========  ==========================================================================
@@ -35,12 +35,12 @@ def forward(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y ``[..., H]``, h ``[..., H]``, mean ``[...]``, rstd ``[...]``)."""
+    """(y ``[..., H]``, h ``[..., H]``, mean ``[..., 1]``, rstd ``[..., 1]``)."""
     dtype = formulas.compute_dtype(x.dtype)
     branch = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
     hidden = (residual.to(dtype) + philox.hidden_dropout(branch, p, seed)).to(x.dtype)
     y, mean, rstd = formulas.layer_norm(hidden.to(dtype), weight.to(dtype), ln_bias.to(dtype), eps)
-    return y.to(x.dtype).contiguous(), hidden.contiguous(), mean.squeeze(-1), rstd.squeeze(-1)
+    return y.to(x.dtype).contiguous(), hidden.contiguous(), mean.contiguous(), rstd.contiguous()
 
 
 def backward(
@@ -59,9 +59,7 @@ def backward(
     dresidual.
     """
     dtype = mean.dtype
-    dhidden, dweight, dln_bias = formulas.layer_norm_grad(
-        dy.to(dtype), hidden.to(dtype), weight.to(dtype), mean.unsqueeze(-1), rstd.unsqueeze(-1)
-    )
+    dhidden, dweight, dln_bias = formulas.layer_norm_grad(dy.to(dtype), hidden.to(dtype), weight.to(dtype), mean, rstd)
     dx = philox.hidden_dropout(dhidden, p, seed)
     empty = hidden.new_empty(0)
     return (

@@ -22,7 +22,7 @@ def _forward_fake(
     seed: Tensor | None,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean = x.new_empty(x.shape[:-1], dtype=compute_dtype(x.dtype))
+    mean = x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x.dtype))
     return x.new_empty(x.shape), x.new_empty(x.shape), mean, torch.empty_like(mean)
 
 

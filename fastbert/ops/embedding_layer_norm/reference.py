@@ -12,7 +12,7 @@ LayerNorm, forward and backward.
 ===========  ==========================================================================
 computes in  float32 for 16-bit tables, otherwise the dtype of the tables; the variance
              is a second pass over centred values
-saves        mean and rstd ``[T]``, in the dtype of the computation; h is looked up again
+saves        mean and rstd ``[T, 1]``, in the dtype of the computation; h is looked up again
 supports     every device, floating dtype, size and stride
 ===========  ==========================================================================
 """
@@ -55,10 +55,10 @@ def forward(
     seed: Tensor | None,
     padding_idx: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y ``[T, H]``, mean ``[T]``, rstd ``[T]``); ``padding_idx`` is -1 for none."""
+    """(y ``[T, H]``, mean ``[T, 1]``, rstd ``[T, 1]``); ``padding_idx`` is -1 for none."""
     hidden = _lookup(input_ids, position_ids, token_type_ids, word, position, token_type, padding_idx)
     y, mean, rstd = formulas.layer_norm(hidden, weight.to(hidden.dtype), bias.to(hidden.dtype), eps)
-    return philox.hidden_dropout(y, p, seed).to(word.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    return philox.hidden_dropout(y, p, seed).to(word.dtype), mean, rstd
 
 
 def backward(
@@ -86,8 +86,8 @@ def backward(
         philox.hidden_dropout(dy.to(hidden.dtype), p, seed),
         hidden,
         weight.to(hidden.dtype),
-        mean.unsqueeze(-1),
-        rstd.unsqueeze(-1),
+        mean,
+        rstd,
     )
     dtables = []
     for table, ids, skipped in (

@@ -26,7 +26,7 @@ def _forward_fake(
     padding_idx: int,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    mean = word.new_empty(input_ids.shape, dtype=compute_dtype(word.dtype))
+    mean = word.new_empty(input_ids.shape[0], 1, dtype=compute_dtype(word.dtype))
     return word.new_empty(input_ids.shape[0], word.shape[1]), mean, torch.empty_like(mean)
 
 

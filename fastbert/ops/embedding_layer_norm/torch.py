@@ -37,11 +37,11 @@ def forward(
     seed: Tensor | None,
     padding_idx: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y ``[T, H]``, mean ``[T]``, rstd ``[T]``); ``padding_idx`` is -1 for none."""
+    """(y ``[T, H]``, mean ``[T, 1]``, rstd ``[T, 1]``); ``padding_idx`` is -1 for none."""
     hidden = _lookup(input_ids, position_ids, token_type_ids, word, position, token_type)
     dtype = hidden.dtype
     y, mean, rstd = _aten.native_layer_norm(hidden, hidden.shape[-1:], weight.to(dtype), bias.to(dtype), eps)
-    return philox.hidden_dropout(y, p, seed).to(word.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    return philox.hidden_dropout(y, p, seed).to(word.dtype), mean, rstd
 
 
 def backward(
@@ -71,8 +71,8 @@ def backward(
         philox.hidden_dropout(dy.to(hidden.dtype), p, seed),
         hidden,
         hidden.shape[-1:],
-        mean.unsqueeze(-1),
-        rstd.unsqueeze(-1),
+        mean,
+        rstd,
         scale,
         scale,
         (any(output_mask[:3]), *output_mask[3:]),

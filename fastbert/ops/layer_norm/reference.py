@@ -5,7 +5,7 @@
 ===========  ==========================================================================
 computes in  float32 for 16-bit inputs, otherwise the dtype of ``x``; the variance is a
              second pass over centred values
-saves        mean and rstd ``[...]``, in the dtype of the computation
+saves        mean and rstd ``[..., 1]``, in the dtype of the computation
 supports     every device, floating dtype, size and stride
 ===========  ==========================================================================
 """
@@ -18,10 +18,10 @@ from fastbert.ops import formulas
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(y ``[..., H]``, mean ``[...]``, rstd ``[...]``)."""
+    """(y ``[..., H]``, mean ``[..., 1]``, rstd ``[..., 1]``)."""
     dtype = formulas.compute_dtype(x.dtype)
     y, mean, rstd = formulas.layer_norm(x.to(dtype), weight.to(dtype), bias.to(dtype), eps)
-    return y.to(x.dtype).contiguous(), mean.squeeze(-1).contiguous(), rstd.squeeze(-1).contiguous()
+    return y.to(x.dtype).contiguous(), mean.contiguous(), rstd.contiguous()
 
 
 def backward(
@@ -29,9 +29,7 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """(dx ``[..., H]``, dweight ``[H]``, dbias ``[H]``), ``[0]`` where ``output_mask`` leaves one out."""
     dtype = mean.dtype
-    gradients = formulas.layer_norm_grad(
-        dy.to(dtype), x.to(dtype), weight.to(dtype), mean.unsqueeze(-1), rstd.unsqueeze(-1)
-    )
+    gradients = formulas.layer_norm_grad(dy.to(dtype), x.to(dtype), weight.to(dtype), mean, rstd)
     return tuple(
         gradient.to(like.dtype).contiguous() if wanted else like.new_empty(0)
         for gradient, like, wanted in zip(gradients, (x, weight, weight), output_mask, strict=True)

@@ -17,14 +17,14 @@ _aten = torch.ops.aten
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(y ``[..., H]``, mean ``[...]``, rstd ``[...]``)."""
+    """(y ``[..., H]``, mean ``[..., 1]``, rstd ``[..., 1]``)."""
     dtype = compute_dtype(x.dtype)
     operand = x
     if x.is_cpu or weight.dtype != x.dtype:
         weight, bias = weight.to(dtype), bias.to(dtype)
         operand = x if x.is_cpu and x.dtype == torch.bfloat16 else x.to(dtype)
     y, mean, rstd = _aten.native_layer_norm(operand, x.shape[-1:], weight, bias, eps)
-    return y.to(x.dtype), mean.squeeze(-1), rstd.squeeze(-1)
+    return y.to(x.dtype), mean, rstd
 
 
 def backward(
@@ -33,7 +33,6 @@ def backward(
     """(dx ``[..., H]``, dweight ``[H]``, dbias ``[H]``), ``[0]`` where ``output_mask`` leaves one out."""
     dtype = mean.dtype if x.is_cpu or weight.dtype != x.dtype else x.dtype
     operand, parameter = x.to(dtype), weight.to(dtype)
-    mean, rstd = mean.unsqueeze(-1), rstd.unsqueeze(-1)
     # The bias has no part in the gradients: the weight stands in for it.
     gradients = _aten.native_layer_norm_backward(
         dy.to(dtype), operand, x.shape[-1:], mean, rstd, parameter, parameter, output_mask

@@ -288,12 +288,13 @@ def _replaced(path: str, part: nn.Module) -> str:
 def _hooked_part(model: hf.BertModel) -> str | None:
     # Walked by hand: ``modules()`` guards against cycles, and takes half a millisecond of every forward to do so.
     pending: list[nn.Module | None] = [model.embeddings, model.encoder]
+    word_embeddings = model.embeddings.word_embeddings
     while pending:
         part = pending.pop()
         if part is None:
             continue
         # The hooks of the word embeddings always see [B, S, H].
-        if part is not model.embeddings.word_embeddings and (hook := layers.foreign_hook(part)):
+        if part is not word_embeddings and (hook := layers.foreign_hook(part)):
             return f"a {type(part).__name__} has a hook ({hook}), which may expect padded states"
         pending.extend(part._modules.values())
     return None

@@ -137,6 +137,13 @@ def _norm_reason(module: nn.Module) -> str | None:
     return unusual(module.LayerNorm, nn.LayerNorm) or unusual(module.dropout, nn.Dropout)  # type: ignore[arg-type]
 
 
+def _gelu_reason(dense: nn.Module, activation: Any) -> str | None:
+    if gelu_approximation(activation) is None:
+        name = getattr(activation, "__name__", type(activation).__name__)
+        return f"the activation {name} is not of the GELU family"
+    return unusual(dense, nn.Linear) or unusual(activation, type(activation))
+
+
 class BertEmbeddings(hf.BertEmbeddings):
     """Sum of three lookups, LayerNorm and dropout."""
 
@@ -292,10 +299,7 @@ class BertIntermediate(hf.BertIntermediate):
 
     def unfused(self) -> str | None:
         """Why product and activation can't run as one op, in one sentence; None when they can."""
-        if gelu_approximation(self.intermediate_act_fn) is None:
-            name = getattr(self.intermediate_act_fn, "__name__", type(self.intermediate_act_fn).__name__)
-            return f"the activation {name} is not of the GELU family"
-        return unusual(self.dense, nn.Linear) or unusual(self.intermediate_act_fn, type(self.intermediate_act_fn))
+        return _gelu_reason(self.dense, self.intermediate_act_fn)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` -> ``[..., I]``."""
@@ -323,9 +327,7 @@ class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):
 
     def unfused(self) -> str | None:
         """Why product and activation can't run as one op, in one sentence; None when they can."""
-        if gelu_approximation(self.transform_act_fn) is None:
-            return f"the activation {type(self.transform_act_fn).__name__} is not of the GELU family"
-        return unusual(self.dense, nn.Linear) or unusual(self.transform_act_fn, type(self.transform_act_fn))
+        return _gelu_reason(self.dense, self.transform_act_fn)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """``[..., H]`` -> ``[..., H]``."""

@@ -115,9 +115,7 @@ def _prepacked(owner: nn.Module, x: Tensor, *linears: nn.Linear) -> onednn.Packe
     return onednn.pack(owner, linears)
 
 
-def _dense_dropout_residual_norm(
-    module: hf.BertSelfOutput | hf.BertOutput, hidden_states: Tensor, residual: Tensor, seed: Tensor | None
-) -> Tensor:
+def _dense_dropout_residual_norm(module: Any, hidden_states: Tensor, residual: Tensor, seed: Tensor | None) -> Tensor:
     """LayerNorm(residual + dropout(dense(hidden_states)))."""
     dense, norm, p = module.dense, module.LayerNorm, dropout_p(module.dropout)
     bias: Tensor | None = None
@@ -133,8 +131,8 @@ def _dense_dropout_residual_norm(
     )
 
 
-def _norm_reason(module: nn.Module) -> str | None:
-    return unusual(module.LayerNorm, nn.LayerNorm) or unusual(module.dropout, nn.Dropout)  # type: ignore[arg-type]
+def _norm_reason(module: Any) -> str | None:
+    return unusual(module.LayerNorm, nn.LayerNorm) or unusual(module.dropout, nn.Dropout)
 
 
 def _gelu_reason(dense: nn.Module, activation: Any) -> str | None:
@@ -257,18 +255,23 @@ class BertSelfAttention(hf.BertSelfAttention):
         return F.linear(hidden_states, weight, bias)
 
 
-class BertSelfOutput(hf.BertSelfOutput):
-    """Dense, dropout, residual and LayerNorm after attention."""
+class _ResidualOutput:
+    """What ``BertSelfOutput`` and ``BertOutput`` share: dense, dropout, residual and LayerNorm."""
 
     def unfused(self) -> str | None:
         """Why what follows the product can't run as one op, in one sentence; None when it can."""
         return _norm_reason(self)
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor, seed: Tensor | None = None) -> Tensor:
-        """``[..., H]`` and the residual ``[..., H]`` -> ``[..., H]``."""
+        """``[..., H or I]`` and the residual ``[..., H]`` -> ``[..., H]``."""
         if self.unfused() or unserved(hidden_states):
-            return super().forward(hidden_states, input_tensor)
+            unfused: Tensor = super().forward(hidden_states, input_tensor)  # type: ignore[misc]
+            return unfused
         return _dense_dropout_residual_norm(self, hidden_states, input_tensor, seed)
+
+
+class BertSelfOutput(_ResidualOutput, hf.BertSelfOutput):
+    """Dense, dropout, residual and LayerNorm after attention."""
 
 
 class BertAttention(hf.BertAttention):
@@ -308,18 +311,8 @@ class BertIntermediate(hf.BertIntermediate):
         return _linear_gelu(self, self.dense, self.intermediate_act_fn, hidden_states)
 
 
-class BertOutput(hf.BertOutput):
+class BertOutput(_ResidualOutput, hf.BertOutput):
     """Dense, dropout, residual and LayerNorm after the activation."""
-
-    def unfused(self) -> str | None:
-        """Why what follows the product can't run as one op, in one sentence; None when it can."""
-        return _norm_reason(self)
-
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor, seed: Tensor | None = None) -> Tensor:
-        """``[..., I]`` and the residual ``[..., H]`` -> ``[..., H]``."""
-        if self.unfused() or unserved(hidden_states):
-            return super().forward(hidden_states, input_tensor)
-        return _dense_dropout_residual_norm(self, hidden_states, input_tensor, seed)
 
 
 class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):

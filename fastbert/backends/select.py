@@ -6,7 +6,9 @@ no reason means that it can. ``impl=None`` takes the first that can; an explicit
 
 from __future__ import annotations
 
+import functools
 import importlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import ModuleType
@@ -172,6 +174,23 @@ def needs_cuda_extension(request: Request) -> Iterator[str]:
         yield reason
 
 
+def needs_triton(request: Request) -> Iterator[str]:
+    """Reasons if Triton kernels can't run on the request's device: a GPU, or the CPU in Triton's interpreter."""
+    if request.device == "cpu":
+        if not _INTERPRETING:
+            yield "it runs on cuda (on the cpu only in Triton's slow interpreter, with TRITON_INTERPRET=1 set)"
+    elif request.device != "cuda":
+        yield f"it runs on cuda, and the tensors are on {request.device}"
+    elif _INTERPRETING:
+        yield "TRITON_INTERPRET=1 is set, and Triton's interpreter is for tensors on the cpu"
+    if reason := _missing_triton():
+        yield reason
+
+
+# As Triton does, at import: its kernels are made for the interpreter or for a GPU once and for all.
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
 # torch.compile takes these answers as they are: it can't trace an import.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _missing_extension() -> str | None:
@@ -181,3 +200,13 @@ def _missing_extension() -> str | None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _missing_cuda_extension(index: int | None) -> str | None:
     return extension.missing_cuda() if index is None else extension.missing_on_device(index)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@functools.cache
+def _missing_triton() -> str | None:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"Triton can't be imported ({error}): `pip install 'fastbert[gpu]'`"
+    return None

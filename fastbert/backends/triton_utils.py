@@ -1,0 +1,68 @@
+"""What the Triton kernels share: their dropout draws and facts about the device.
+
+Only modules with kernels import this file, so that everything else works without Triton. ``backends/philox.py`` is the
+oracle of the draws.
+
+With ``TRITON_INTERPRET=1`` in the environment before the first import, Triton runs every kernel in its interpreter, on
+the CPU: slow, and exact enough to test them without a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+# Triton gives the decorated functions no types.
+jit: Any = triton.jit
+
+DRAWS_PER_CALL = tl.constexpr(8)
+
+
+@jit
+def _halves(w0, w1, w2, w3):
+    """Split four words of a Philox call into eight 16-bit draws: ``[..., N]`` x 4 -> ``[..., 8 * N]``."""
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., N, 2, 2], word 2 * i + j at (i, j)
+    draws = tl.join(words & 0xFFFF, words >> 16)  # [..., N, 2, 2, 2]
+    if len(w0.shape) == 1:
+        return tl.reshape(draws, [w0.shape[0] * 8])
+    return tl.reshape(draws, [w0.shape[0], w0.shape[1] * 8])
+
+
+@jit
+def hidden_keep(seed, group, threshold):
+    """The keep mask of elements ``8 * group`` to ``8 * group + 7`` of a hidden state: ``[..., N]`` -> ``[..., 8 * N]``.
+
+    ``seed`` is an int64 scalar, ``group`` int64 with one or two dimensions, ``threshold`` that of ``philox.py``.
+    """
+    zero = tl.zeros(group.shape, dtype=tl.uint32)
+    low = (group & 0xFFFFFFFF).to(tl.uint32)
+    high = (group >> 32).to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
+    return _halves(w0, w1, w2, w3).to(tl.int32) < threshold
+
+
+@jit
+def attention_keep(seed, sequence, head, query, key_group, threshold):
+    """The keep mask of ``query`` (``[M]``) and keys ``8 * key_group ..`` (``[N]``): bool ``[M, 8 * N]``.
+
+    ``sequence`` and ``head`` are scalars; query and key count from the first token of the sequence.
+    """
+    zero = tl.zeros([query.shape[0], key_group.shape[0]], dtype=tl.uint32)
+    c0 = zero + key_group.to(tl.uint32)[None, :]
+    c1 = zero + query.to(tl.uint32)[:, None]
+    c2 = zero + head.to(tl.uint32)
+    c3 = zero + sequence.to(tl.uint32)
+    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
+    return _halves(w0, w1, w2, w3).to(tl.int32) < threshold
+
+
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+def capability() -> int:
+    """The compute capability of the present CUDA device times ten: 90 for Hopper; 0 in the interpreter."""
+    return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch)

@@ -8,10 +8,13 @@
 #include <string>
 #include <vector>
 
+#include "attention/amx.h"
 #include "attention/dropout.h"
 #include "bias_dropout_residual/bias_dropout_residual.h"
+#include "common/amx.h"
 #include "common/dtype.h"
 #include "common/philox_host.h"
+#include "linear/amx.h"
 
 namespace py = pybind11;
 
@@ -139,6 +142,16 @@ py::bytes philox_draws(int64_t seed, int64_t start, int64_t count) {
   return {reinterpret_cast<const char*>(draws.data() + skip), static_cast<size_t>(count) * sizeof(uint16_t)};
 }
 
+void check_linear(int64_t features, int64_t depth) {
+  if (const char* reason = amx_missing()) throw std::runtime_error(reason);
+  for (const int64_t size : {features, depth}) {
+    if (size < 1 || size % linear::kMultiple != 0) {
+      throw std::invalid_argument("a size is " + std::to_string(size) + "; it must be a multiple of " +
+                                  std::to_string(linear::kMultiple));
+    }
+  }
+}
+
 }  // namespace
 }  // namespace fastbert
 
@@ -180,6 +193,76 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         arg("probabilities"), arg("first_sequence"), arg("sequences"), arg("heads"), arg("queries"), arg("keys"),
         arg("seed"), arg("threshold"), arg("scale"), arg("num_threads"),
         "probabilities [sequences, heads, queries, keys], float32, *= scale * mask, in place.");
+
+  m.def("amx_missing", &amx_missing, "Why the kernels for AMX can't run, or None.");
+  m.def("attention_amx_forward",
+        [](std::uintptr_t qkv, std::uintptr_t cu_seqlens, std::uintptr_t out, std::uintptr_t lse, int64_t rows,
+           int64_t sequences, int64_t heads, int64_t size, int64_t max_seqlen, float scale, int num_threads) {
+          check_at_least("rows", rows, 0);
+          check_at_least("sequences", sequences, 0);
+          check_at_least("heads", heads, 0);
+          check_at_least("size", size, 1);
+          check_at_least("num_threads", num_threads, 1);
+          if (const char* reason = amx_missing()) throw std::runtime_error(reason);
+          check_address("cu_seqlens", cu_seqlens);
+          const auto* offsets = pointer<const int32_t>(cu_seqlens);
+          bool fits = offsets[0] == 0 && offsets[sequences] <= rows;
+          for (int64_t i = 0; i < sequences; ++i) {
+            const int64_t length = int64_t{offsets[i + 1]} - offsets[i];
+            fits = fits && 0 <= length && length <= max_seqlen;
+          }
+          if (!fits || rows == 0 || heads == 0) return fits;
+          check_address("qkv", qkv);
+          check_address("out", out);
+          check_address("lse", lse);
+          const py::gil_scoped_release release;
+          attention::amx_forward({pointer<const uint16_t>(qkv), offsets, pointer<uint16_t>(out), pointer<float>(lse),
+                                  rows, sequences, heads, size, scale},
+                                 num_threads);
+          return true;
+        },
+        arg("qkv"), arg("cu_seqlens"), arg("out"), arg("lse"), arg("rows"), arg("sequences"), arg("heads"),
+        arg("size"), arg("max_seqlen"), arg("scale"), arg("num_threads"),
+        "out [rows, heads, size] and lse [heads, rows] of bfloat16 qkv [rows, 3, heads, size]; False and nothing "
+        "computed when cu_seqlens [sequences + 1] doesn't ascend from 0 to at most rows in steps of at most max_seqlen.");
+
+  m.attr("LINEAR_MULTIPLE") = linear::kMultiple;
+  m.attr("POST_NONE") = static_cast<int>(linear::Post::kNone);
+  m.attr("POST_GELU_ERF") = static_cast<int>(linear::Post::kGeluErf);
+  m.attr("POST_GELU_TANH") = static_cast<int>(linear::Post::kGeluTanh);
+  m.attr("POST_ADD") = static_cast<int>(linear::Post::kAdd);
+  m.def("linear_amx_pack",
+        [](std::uintptr_t weight, std::uintptr_t packed, int64_t features, int64_t depth) {
+          check_linear(features, depth);
+          check_address("weight", weight);
+          check_address("packed", packed);
+          const py::gil_scoped_release release;
+          linear::amx_pack(pointer<const uint16_t>(weight), pointer<uint16_t>(packed), features, depth);
+        },
+        arg("weight"), arg("packed"), arg("features"), arg("depth"),
+        "The tiles of a bfloat16 weight [features, depth].");
+  m.def("linear_amx_forward",
+        [](std::uintptr_t x, std::uintptr_t packed, std::uintptr_t bias, std::uintptr_t other, std::uintptr_t y,
+           int64_t rows, int64_t depth, int64_t features, int post, int num_threads) {
+          check_linear(features, depth);
+          check_at_least("rows", rows, 0);
+          check_at_least("num_threads", num_threads, 1);
+          if (rows == 0) return;
+          check_address("x", x);
+          check_address("packed", packed);
+          check_address("y", y);
+          if (post < 0 || post > static_cast<int>(linear::Post::kAdd)) {
+            throw std::invalid_argument("post is " + std::to_string(post) + "; it may be one of POST_*");
+          }
+          if (static_cast<linear::Post>(post) == linear::Post::kAdd) check_address("other", other);
+          const py::gil_scoped_release release;
+          linear::amx_forward({pointer<const uint16_t>(x), pointer<const uint16_t>(packed),
+                               pointer<const uint16_t>(bias), pointer<const uint16_t>(other), pointer<uint16_t>(y),
+                               rows, depth, features, static_cast<linear::Post>(post)},
+                              num_threads);
+        },
+        arg("x"), arg("packed"), arg("bias"), arg("other"), arg("y"), arg("rows"), arg("depth"), arg("features"),
+        arg("post"), arg("num_threads"), "y = post(x [rows, depth] times the packed weight + bias), bfloat16.");
 
   m.def("bias_dropout_residual_backward_scratch",
         [](int64_t rows, int64_t cols) {

@@ -82,6 +82,12 @@ def missing() -> str | None:
     return _attempt().reason
 
 
+def missing_amx() -> str | None:
+    """Why the extension's host kernels for AMX can't be used, in one sentence; None if they can."""
+    module, reason = _attempt()
+    return reason if module is None else module.amx_missing()
+
+
 def missing_cuda() -> str | None:
     """Why the extension has no CUDA kernels and what to do about it, in one sentence; None if it has.
 

@@ -168,6 +168,12 @@ def needs_host_extension(request: Request) -> Iterator[str]:
         yield reason
 
 
+def needs_amx(request: Request) -> Iterator[str]:
+    """A reason if the host kernels for the matrix unit of AMX can't be used."""
+    if reason := _missing_amx():
+        yield reason
+
+
 def needs_cuda_extension(request: Request) -> Iterator[str]:
     """A reason if the CUDA kernels of the extension can't be used, or not on the request's device."""
     if reason := _missing_cuda_extension(request.index):
@@ -195,6 +201,11 @@ _INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _missing_extension() -> str | None:
     return extension.missing()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _missing_amx() -> str | None:
+    return extension.missing_amx()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastbert  # noqa: F401  registers the ops that select explains
-from fastbert.backends import extension, onednn, select
+from fastbert.backends import extension, prepacked, select
 from fastbert.cli import machine, selftest
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -51,7 +51,7 @@ def examine() -> dict[str, Any]:
         "versions": machine.versions(),
         "devices": _devices(),
         "extension": {"build": loaded.build_info() if loaded else None, "missing": extension.missing()},
-        "prepacked_linears": {_name(dtype): onednn.missing(dtype) for dtype in selftest.DTYPES},
+        "prepacked_linears": {_name(dtype): prepacked.missing(dtype) for dtype in selftest.DTYPES},
         "implementations": [
             {
                 "device": device.type,
@@ -116,7 +116,7 @@ def _advice() -> list[str]:
             f"there is an NVIDIA driver, and torch {torch.__version__} is built without CUDA: to use the GPU, install "
             "a CUDA build of torch, see https://pytorch.org/get-started/locally"
         )
-    if reason := onednn.missing(torch.float32):
+    if reason := prepacked.missing(torch.float32):
         advice.append(f"inference on the CPU runs torch's own products, which are slower: {reason}")
     return advice
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 from transformers.models.bert import modeling_bert
 
-from fastbert.backends import onednn, select
+from fastbert.backends import prepacked, select
 from fastbert.models import bert, layers
 
 _LAYER = re.compile(r"\.layer\.(\d+)")
@@ -134,7 +134,7 @@ def _fused_or_op(
         return dataclasses.replace(rest, implementation=f"dense, then {rest.implementation}", reason=f"dense: {called}")
     if training is False and dense is not None:
         row = _linear(path, part, module, training, "post-operation in the product")
-        if row.implementation.startswith("onednn"):
+        if row.implementation.endswith("prepacked"):
             return row
     return _op(path, part, op, request)
 
@@ -155,5 +155,8 @@ def _linear(path: str, part: str, module: Any, training: bool, gain: str) -> Par
     if training:
         return Part(path, part, "torch linear", "gradients are needed, and a prepacked weight has none")
     with torch.no_grad():
-        reason = onednn.unsupported(dense.weight, [dense])
-    return Part(path, part, "torch linear", reason) if reason else Part(path, part, "onednn prepacked", gain)
+        reason = prepacked.unsupported(dense.weight, [dense])
+    if reason:
+        return Part(path, part, "torch linear", reason)
+    kernels = prepacked.kernels([dense]).__name__.rpartition(".")[2]
+    return Part(path, part, f"{kernels} prepacked", gain)

@@ -20,7 +20,7 @@ from transformers import activations
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert import ops
-from fastbert.backends import onednn
+from fastbert.backends import prepacked
 from fastbert.models.packing import Packing
 
 # The seeds that one layer takes: attention probabilities, attention output, layer output.
@@ -108,11 +108,11 @@ def dropout_p(dropout: nn.Dropout) -> float:
     return dropout.p if dropout.training else 0.0
 
 
-def _prepacked(owner: nn.Module, x: Tensor, *linears: nn.Linear) -> onednn.PackedLinear | None:
-    if onednn.unsupported(x, linears):
-        onednn.drop(owner)
+def _prepacked(owner: nn.Module, x: Tensor, *linears: nn.Linear) -> prepacked.PackedLinear | None:
+    if prepacked.unsupported(x, linears):
+        prepacked.drop(owner)
         return None
-    return onednn.pack(owner, linears)
+    return prepacked.pack(owner, linears)
 
 
 def _dense_dropout_residual_norm(module: Any, hidden_states: Tensor, residual: Tensor, seed: Tensor | None) -> Tensor:
@@ -122,7 +122,7 @@ def _dense_dropout_residual_norm(module: Any, hidden_states: Tensor, residual: T
     if unusual(dense, nn.Linear):
         projected = dense(hidden_states)
     elif p == 0.0 and (packed := _prepacked(module, hidden_states, dense)):
-        added = onednn.linear_add(hidden_states, packed, residual)
+        added = prepacked.linear_add(hidden_states, packed, residual)
         return ops.layer_norm(added, norm.weight, norm.bias, norm.eps)
     else:
         projected, bias = F.linear(hidden_states, dense.weight), dense.bias
@@ -249,7 +249,7 @@ class BertSelfAttention(hf.BertSelfAttention):
         if self.unfused():
             return torch.cat([linear(hidden_states) for linear in linears], dim=-1)
         if packed := _prepacked(self, hidden_states, *linears):
-            return onednn.linear(hidden_states, packed)
+            return prepacked.linear(hidden_states, packed)
         weight = torch.cat([linear.weight for linear in linears])
         bias = None if self.query.bias is None else torch.cat([linear.bias for linear in linears])
         return F.linear(hidden_states, weight, bias)
@@ -373,7 +373,7 @@ def _linear_gelu(owner: nn.Module, dense: nn.Linear, activation: nn.Module, x: T
     approximate = gelu_approximation(activation)
     assert approximate is not None
     if packed := _prepacked(owner, x, dense):
-        return onednn.linear_gelu(x, packed, approximate)
+        return prepacked.linear_gelu(x, packed, approximate)
     return ops.linear_gelu(x, dense.weight, dense.bias, approximate=approximate)
 
 

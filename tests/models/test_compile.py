@@ -11,7 +11,7 @@ from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert.backends import onednn
+from fastbert.backends import prepacked
 
 pytestmark = pytest.mark.usefixtures("fresh_dynamo")
 
@@ -114,10 +114,10 @@ def test_graphs_and_prepacked_weights_leave_each_other_alone():
     compiled = Compiled(fast)
     with torch.no_grad():
         fast(**inputs)
-        kept = [onednn._entries[module] for module in fast.modules() if module in onednn._entries]
+        kept = [prepacked._entries[module] for module in fast.modules() if module in prepacked._entries]
         assert kept
         compiled(**inputs)
-        assert [onednn._entries[module] for module in fast.modules() if module in onednn._entries] == kept
+        assert [prepacked._entries[module] for module in fast.modules() if module in prepacked._entries] == kept
         other(**inputs)
         compiled(**inputs)
     assert len(compiled.graphs) == 1

@@ -16,7 +16,7 @@ from models import twins
 from torch import nn
 
 import fastbert
-from fastbert.backends import onednn
+from fastbert.backends import prepacked
 
 # Owners of prepacked weights in two layers: projections, attention output, intermediate, output.
 PREPACKED = 2 * 4
@@ -36,9 +36,9 @@ def states(model, inputs):
         return model(**inputs).last_hidden_state
 
 
-def prepacked(model):
+def owners(model):
     """How many modules of a model own a prepacked weight."""
-    return sum(module in onednn._entries for module in model.modules())
+    return sum(module in prepacked._entries for module in model.modules())
 
 
 def warm():
@@ -47,7 +47,7 @@ def warm():
     inputs = twins.batch()
     states(fast, inputs)
     twins.assert_packed(fast)
-    assert prepacked(fast) == PREPACKED
+    assert owners(fast) == PREPACKED
     return fast, inputs
 
 
@@ -72,11 +72,11 @@ def test_copies_after_inference_case_49(transport):
     fast, inputs = warm()
     expected = states(fast, inputs)
     twin = transport(fast)
-    assert prepacked(twin) == 0
+    assert owners(twin) == 0
     assert type(twin) is fastbert.BertModel
     assert torch.equal(states(twin, inputs), expected)
     twins.assert_packed(twin)
-    assert prepacked(twin) == PREPACKED
+    assert owners(twin) == PREPACKED
     with torch.no_grad():
         twin.encoder.layer[0].intermediate.dense.weight.mul_(2)
     assert not torch.equal(states(twin, inputs), expected)
@@ -89,7 +89,7 @@ def test_prepacked_weights_are_not_saved_case_49():
     keys = list(cold.state_dict())
     size_of_state = len(saved(cold.state_dict()).getvalue())
     states(cold, twins.batch())
-    assert prepacked(cold) == PREPACKED
+    assert owners(cold) == PREPACKED
     assert list(cold.state_dict()) == keys
     assert len(saved(cold.state_dict()).getvalue()) == size_of_state
     # The smallest prepacked weight has 64 * 64 * 4 bytes; what may be added is the name of the last route.
@@ -98,22 +98,22 @@ def test_prepacked_weights_are_not_saved_case_49():
 
 def test_prepacked_weights_go_with_the_model():
     gc.collect()
-    before = len(onednn._entries)
+    before = len(prepacked._entries)
     fast = warm()[0]
-    assert len(onednn._entries) == before + PREPACKED
+    assert len(prepacked._entries) == before + PREPACKED
     owner = fast.encoder.layer[0].intermediate
-    weight = weakref.ref(onednn._entries[owner].packed.weight)
+    weight = weakref.ref(prepacked._entries[owner].packed.weight)
     del owner
     del fast
     gc.collect()
-    assert len(onednn._entries) == before
+    assert len(prepacked._entries) == before
     assert weight() is None
 
 
 def test_training_drops_prepacked_weights():
     fast, inputs = warm()
     fast(**inputs).last_hidden_state.sum().backward()
-    assert prepacked(fast) == 0
+    assert owners(fast) == 0
 
 
 def _multiply(linear, name):
@@ -312,7 +312,7 @@ def test_threads_with_cold_caches_case_33():
     expected = [states(fast, inputs) for inputs in batches]
     for _ in range(10):
         for module in fast.modules():
-            onednn.drop(module)
+            prepacked.drop(module)
         actual = {}
 
         def work(index, actual=actual):

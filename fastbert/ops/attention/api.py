@@ -12,6 +12,14 @@ from fastbert.backends import checks, select
 from fastbert.ops.attention import schema  # noqa: F401  registers the op
 
 
+def _amx_reasons(request: select.Request) -> Iterator[str]:
+    yield from select.needs_device(request, "cpu")
+    yield from select.needs_dtype(request, torch.bfloat16)
+    yield from select.needs_no_dropout(request)
+    if request.device == "cpu":
+        yield from select.needs_amx(request)
+
+
 def _sdpa_reasons(request: select.Request) -> Iterator[str]:
     yield from select.needs_device(request, "cpu")
     yield from select.needs_dtype(request, torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -28,6 +36,7 @@ _MODULE = "fastbert.ops.attention"
 TABLE = select.Table(
     "attention",
     (
+        select.Implementation("amx", f"{_MODULE}.amx", _amx_reasons),
         select.Implementation("sdpa", f"{_MODULE}.sdpa", _sdpa_reasons),
         select.Implementation("cpu", f"{_MODULE}.cpu", _cpu_reasons),
         select.Implementation("reference", f"{_MODULE}.reference", select.nothing),
@@ -59,7 +68,8 @@ def attention(
         scale: of the scores; None: ``1 / sqrt(D)``.
         dropout_p: probability of dropping an attention probability, quantised to multiples of 2**-16.
         seed: int64 with one element, on the device of ``qkv``; None draws one from torch's default generator.
-        impl: "sdpa" (CPU, no dropout), "cpu", "reference", or None for the first of them that can serve the call.
+        impl: "amx" (CPUs that have it, bfloat16, no dropout), "sdpa" (CPU, no dropout), "cpu", "reference", or None for
+            the first of them that can serve the call.
 
     Returns:
         ``[T, A, D]``, contiguous, in the dtype of ``qkv``.

@@ -1,0 +1,139 @@
+"""Linear layers of CPU inference: matrix products with prepacked weights and fused post-operations.
+
+The packed copy of a weight is private: it is held here, keyed on the module that owns the weight, never saved, and
+rebuilt when the weight has changed. ``backends/amx.py`` multiplies by it where it can, else ``backends/onednn.py``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.backends import amx, onednn
+
+# Writes through ``.data`` leave a tensor's version counter alone, so a few of its elements are compared as well.
+_SAMPLES = 64
+
+
+class PackedLinear(NamedTuple):
+    """A packed weight ``[N, K]`` (opaque), its bias ``[N]``, or None, and the module that multiplies by it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    kernels: ModuleType
+
+
+class _Entry(NamedTuple):
+    """What a packed weight was made of. ``views`` are strided views of the parameters, ``samples`` what they held.
+
+    The views keep the parameters' memory, so that an address in ``stamp`` can't come to mean another tensor.
+    """
+
+    stamp: tuple[object, ...]
+    views: tuple[Tensor, ...]
+    samples: tuple[Tensor, ...]
+    packed: PackedLinear
+
+    def holds(self, stamp: tuple[object, ...]) -> bool:
+        return self.stamp == stamp and all(map(torch.equal, self.views, self.samples))
+
+
+_entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def unsupported(x: Tensor, linears: Sequence[nn.Linear]) -> str | None:
+    """Why ``x`` can't be multiplied by the prepacked weights of ``linears``, in one sentence; None when it can."""
+    if x.device.type != "cpu":
+        return f"prepacked linears run on the cpu, and the tensors are on {x.device.type}"
+    if torch.compiler.is_compiling():
+        return "the model is being traced, and a prepacked weight is no part of a graph"
+    parameters = _parameters(linears)
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in parameters)):
+        return "gradients are needed, and a prepacked weight has none (use torch.no_grad() or torch.inference_mode())"
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on, which casts the weights at every use"
+    for parameter in parameters:
+        if parameter.dtype != x.dtype:
+            return f"the input is {x.dtype} and a weight or bias {parameter.dtype}"
+        if parameter.is_inference():
+            return "a weight was made in inference mode, where torch doesn't tell whether it has changed"
+    if x.numel() == 0:
+        return "there is nothing to multiply"
+    return missing(x.dtype)
+
+
+def missing(dtype: torch.dtype) -> str | None:
+    """Why no weight of ``dtype`` can be prepacked, in one sentence; None when it can."""
+    return onednn.missing(dtype)
+
+
+def kernels(linears: Sequence[nn.Linear]) -> ModuleType:
+    """The module whose functions multiply by the prepacked weights of ``linears``, side by side."""
+    features, depth = sum(linear.out_features for linear in linears), linears[0].in_features
+    if amx.missing(linears[0].weight.dtype) is None and amx.fits(features, depth):
+        return amx
+    return onednn
+
+
+def pack(owner: nn.Module, linears: Sequence[nn.Linear]) -> PackedLinear:
+    """The prepacked weight of one linear layer, or of several side by side (their outputs are concatenated).
+
+    The copy belongs to ``owner`` and is rebuilt if a weight or bias has another address, dtype, shape or version
+    counter than before, or if one of a few sampled elements differs.
+    """
+    parameters = _parameters(linears)
+    stamp = tuple([(p.data_ptr(), p._version, p.dtype, p.shape) for p in parameters])
+    entry = _entries.get(owner)
+    if entry is not None and entry.holds(stamp):
+        return entry.packed
+    with torch.no_grad(), _lock:
+        weight = torch.cat([linear.weight.detach() for linear in linears])
+        bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
+        chosen = kernels(linears)
+        packed = PackedLinear(chosen.pack(weight), bias, chosen)
+        views = tuple(p.detach().reshape(-1)[:: _sample_step(p)] for p in parameters)
+        _entries[owner] = _Entry(stamp, views, tuple(view.clone() for view in views), packed)
+    return packed
+
+
+def drop(owner: nn.Module) -> None:
+    """Forget the prepacked weight of ``owner``, if there is one.
+
+    Not while tracing: the graph would depend on what is held here, and be compiled again whenever that changes.
+    """
+    if not torch.compiler.is_compiling():
+        _entries.pop(owner, None)
+
+
+def linear(x: Tensor, packed: PackedLinear) -> Tensor:
+    """xWᵀ + b: ``[..., K]`` -> ``[..., N]``."""
+    y: Tensor = packed.kernels.linear(x, packed.weight, packed.bias)
+    return y
+
+
+def linear_gelu(x: Tensor, packed: PackedLinear, approximate: str) -> Tensor:
+    """gelu(xWᵀ + b), the activation applied inside the product; ``approximate`` is "none" (erf) or "tanh"."""
+    y: Tensor = packed.kernels.linear_gelu(x, packed.weight, packed.bias, approximate)
+    return y
+
+
+def linear_add(x: Tensor, packed: PackedLinear, other: Tensor) -> Tensor:
+    """xWᵀ + b + other, the addition inside the product; ``x`` is ``[..., K]``, ``other`` ``[..., N]``, contiguous."""
+    y: Tensor = packed.kernels.linear_add(x, packed.weight, packed.bias, other)
+    return y
+
+
+def _parameters(linears: Sequence[nn.Linear]) -> list[Tensor]:
+    return [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
+
+
+def _sample_step(parameter: Tensor) -> int:
+    """The distance of samples in a flattened parameter: off whole rows by the golden section, to meet all columns."""
+    return max(1, parameter.numel() // _SAMPLES - round(0.382 * parameter.shape[-1]))

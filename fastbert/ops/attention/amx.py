@@ -1,0 +1,58 @@
+"""Attention in bfloat16 on processors with AMX: one call of the extension for all sequences and heads.
+
+For each head of a sequence, keys and values are packed into the tiles of the matrix unit once. Then 16 queries at a
+time: their scores (float32) stay in cache, the softmax is exact over all keys, and the probabilities, rounded to
+bfloat16 before the division by their sum, multiply the values. The backward is that of PyTorch's kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastbert.backends import extension, select
+from fastbert.ops.attention import runs
+
+
+def forward(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(O ``[T, A, D]``, lse ``[A, T]``)."""
+    rows, _, heads, size = qkv.shape
+    qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.contiguous()
+    out = qkv.new_empty(rows, heads, size)
+    lse = qkv.new_empty(heads, rows, dtype=torch.float32)
+    done = extension.module().attention_amx_forward(
+        qkv.data_ptr(),
+        cu_seqlens.data_ptr(),
+        out.data_ptr(),
+        lse.data_ptr(),
+        rows,
+        cu_seqlens.shape[0] - 1,
+        heads,
+        size,
+        max_seqlen,
+        scale,
+        torch.get_num_threads(),
+    )
+    if not done:
+        runs.find(cu_seqlens, max_seqlen, rows)  # raises
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """dqkv ``[T, 3, A, D]``."""
+    dqkv: Tensor = select.load("attention", "sdpa").backward(
+        dout, qkv, out, lse, cu_seqlens, max_seqlen, scale, dropout_p, seed
+    )
+    return dqkv

@@ -1,0 +1,138 @@
+"""The matrix products behind prepacked weights, each of their implementations against float64."""
+
+import itertools
+
+import parity
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fastbert.backends import amx, onednn, prepacked
+
+KERNELS = [
+    pytest.param(
+        kernels,
+        dtype,
+        marks=pytest.mark.skipif(kernels.missing(dtype) is not None, reason=str(kernels.missing(dtype))),
+        id=f"{kernels.__name__.rpartition('.')[2]}-{dtype}",
+    )
+    for kernels, dtype in (
+        (onednn, torch.float32),
+        (onednn, torch.float16),
+        (onednn, torch.bfloat16),
+        (amx, torch.bfloat16),
+    )
+]
+# What follows the product, in eager PyTorch.
+POSTS = {
+    "linear": lambda y, other: y,
+    "linear_gelu none": lambda y, other: F.gelu(y),
+    "linear_gelu tanh": lambda y, other: F.gelu(y, approximate="tanh"),
+    "linear_add": lambda y, other: y + other,
+}
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def call(kernels, post, x, weight, bias, other):
+    function = getattr(kernels, post.partition(" ")[0])
+    extra = {"linear": (), "linear_add": (other,)}.get(post, (post.partition(" ")[2],))
+    return function(x, kernels.pack(weight), bias, *extra)
+
+
+def check(kernels, dtype, post, rows, features, depth, biased=True):
+    x, weight, bias, other = (
+        torch.randn(rows, depth).to(dtype),
+        (torch.randn(features, depth) / depth**0.5).to(dtype),
+        torch.randn(features).to(dtype) if biased else None,
+        torch.randn(rows, features).to(dtype),
+    )
+
+    def truth(convert):
+        y = F.linear(*(None if part is None else convert(part) for part in (x, weight, bias)))
+        return POSTS[post](y, convert(other))
+
+    exact, eager = truth(torch.Tensor.double), truth(lambda part: part)
+    y = call(kernels, post, x, weight, bias, other)
+    assert (y.shape, y.dtype, y.is_contiguous()) == ((rows, features), dtype, True)
+    # Four rounding steps and not one: of a few numbers eager may have the exact ones by luck.
+    allowed = 2 * parity.distance(eager, exact) + 4 * torch.finfo(dtype).eps * exact.abs().max().item()
+    assert parity.distance(y, exact) <= allowed
+
+
+@pytest.mark.parametrize(("kernels", "dtype"), KERNELS)
+@pytest.mark.parametrize("post", POSTS)
+@pytest.mark.parametrize(
+    ("rows", "features", "depth"),
+    [(1, 32, 32), (5, 96, 416), (31, 64, 768), (33, 2304, 768), (128, 768, 800), (200, 768, 3072), (1311, 64, 2048)],
+)
+def test_products(kernels, dtype, post, rows, features, depth):
+    check(kernels, dtype, post, rows, features, depth)
+    check(kernels, dtype, post, rows, features, depth, biased=False)
+
+
+@pytest.mark.parametrize(("kernels", "dtype"), KERNELS)
+@pytest.mark.parametrize(("count", "rows"), [*itertools.product((1, 2, 3, 7), (3, 100))])
+def test_any_number_of_threads(kernels, dtype, count, rows, threads):
+    threads(count)
+    check(kernels, dtype, "linear_add", rows, 288, 416)
+
+
+@pytest.mark.parametrize(("kernels", "dtype"), KERNELS)
+def test_rows_do_not_meet(kernels, dtype):
+    """A NaN in one row, and memory behind the last one, stay out of the others."""
+    storage = torch.full((40, 64), float("nan"), dtype=dtype)
+    storage[:37] = torch.randn(37, 64)
+    weight = torch.randn(96, 64).to(dtype)
+    expected = call(kernels, "linear", storage[:37].clone(), weight, None, None)
+    storage[5] = float("nan")
+    y = call(kernels, "linear", storage[:37], weight, None, None)
+    rows = torch.arange(37) != 5
+    assert torch.equal(y[rows], expected[rows])
+    assert y[5].isnan().all()
+
+
+@pytest.mark.parametrize(("kernels", "dtype"), KERNELS)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_gelu_everywhere(kernels, dtype, approximate):
+    """One by one times x, over the whole range, at the tails, and where there is no number."""
+    values = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([1e-6, -1e-6, 1e4, -1e4])]).to(dtype)
+    x = torch.zeros(len(values), 32, dtype=dtype)
+    x[:, 0] = values
+    weight = torch.zeros(32, 32, dtype=dtype)
+    weight[0, 0] = 1.0
+    y = call(kernels, f"linear_gelu {approximate}", x, weight, None, None)[:, 0].double()
+    exact = F.gelu(values.double(), approximate=approximate)
+    assert ((y - exact).abs() <= 2e-6 + torch.finfo(dtype).eps * exact.abs()).all()
+    x[0, 0] = float("nan")
+    assert call(kernels, f"linear_gelu {approximate}", x, weight, None, None)[0, 0].isnan()
+
+
+def test_amx_takes_what_comes_in_whole_tiles():
+    if reason := amx.missing(torch.bfloat16):
+        pytest.skip(reason)
+
+    def chosen(features, depth, dtype=torch.bfloat16):
+        return prepacked.kernels([nn.Linear(depth, features, dtype=dtype)])
+
+    assert chosen(64, 96) is amx
+    assert chosen(60, 96) is onednn
+    assert chosen(64, 100) is onednn
+    assert chosen(64, 96, torch.float32) is onednn
+
+
+def test_amx_names_a_size_that_does_not_fit():
+    if reason := amx.missing(torch.bfloat16):
+        pytest.skip(reason)
+    with pytest.raises(ValueError, match="size is 60; it must be a multiple of 32"):
+        amx.pack(torch.zeros(64, 60, dtype=torch.bfloat16))
+
+
+def test_amx_s_reasons():
+    assert amx.missing(torch.float32) == "the kernels for AMX compute in bfloat16, not in torch.float32"

@@ -251,6 +251,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           check_address("x", x);
           check_address("packed", packed);
           check_address("y", y);
+          if (y % 64 != 0) throw std::invalid_argument("y is at an address that is no multiple of 64");
           if (post < 0 || post > static_cast<int>(linear::Post::kAdd)) {
             throw std::invalid_argument("post is " + std::to_string(post) + "; it may be one of POST_*");
           }

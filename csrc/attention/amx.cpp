@@ -179,6 +179,17 @@ FASTBERT_AMX_INLINE void multiply_values(const Scratch& s, int64_t keys, int64_t
   }
 }
 
+// Ask for `count` rows of queries, keys and values of a head. They lie in short pieces far apart, which the processor
+// does not foresee.
+FASTBERT_AMX_INLINE void prefetch_head(const Packed& args, const uint16_t* q, int64_t count) {
+  for (int64_t row = 0; row < 3 * count; ++row) {
+    const uint16_t* part = q + row * args.heads * args.size;
+    for (int64_t column = 0; column < args.size; column += kDepth) {
+      _mm_prefetch(reinterpret_cast<const char*>(part + column), _MM_HINT_T1);
+    }
+  }
+}
+
 // One head of one sequence.
 FASTBERT_AMX void attend(const Packed& args, int64_t sequence, int64_t head, const Scratch& s) {
   const TileConfig config;
@@ -195,6 +206,7 @@ FASTBERT_AMX void attend(const Packed& args, int64_t sequence, int64_t head, con
   for (int64_t row = 0; row < length; row += kTile) {
     const int64_t count = std::min(kTile, length - row);
     const uint16_t* queries = q + row * stride;
+    if (head + 1 < args.heads) prefetch_head(args, queries + args.size, count);
     int64_t query_stride = stride;
     if (count < kTile || size != args.size) {
       for (int64_t i = 0; i < kTile; ++i) {
@@ -244,6 +256,8 @@ void amx_forward(const Packed& args, int num_threads) {
   }
   const int64_t items = args.sequences * args.heads;
   const int threads = static_cast<int>(std::clamp<int64_t>(items, 1, num_threads));
+  // A thread takes the heads of a sequence one after the other, unless there are too few sequences for that.
+  [[maybe_unused]] const int64_t run = args.sequences >= 2 * threads ? args.heads : 1;
   std::vector<Memory> memory;
   memory.reserve(threads);
   for (int i = 0; i < threads; ++i) memory.emplace_back(round_up(longest, kDepth), round_up(args.size, kDepth));
@@ -254,7 +268,7 @@ void amx_forward(const Packed& args, int num_threads) {
 #else
     const Scratch& scratch = memory[0].scratch;
 #endif
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, run)
     for (int64_t item = 0; item < items; ++item) {
       if (args.cu_seqlens[item / args.heads] < args.cu_seqlens[item / args.heads + 1]) {
         attend(args, item / args.heads, item % args.heads, scratch);

@@ -30,6 +30,10 @@ constexpr int64_t kBlock = kPanel * kPanel;
 constexpr int64_t kStep = 2 * kTileElements;  // 32 rows of 32 terms, two tiles
 constexpr int64_t kChunk = 384;
 constexpr int64_t kCacheElements = int64_t{1} << 19;
+// Fewer panels of x for each thread than this are not worth packing apart.
+constexpr int64_t kOwnPanels = 8;
+// Results that no cache near the core can hold, more than 4 MiB, go to memory without being fetched from it first.
+constexpr int64_t kStreamedElements = int64_t{1} << 21;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -132,7 +136,12 @@ FASTBERT_AMX_INLINE void finish(const Linear& args, const float* block, int64_t 
       if (kPost == Post::kGeluTanh) value[half] = gelu_tanh(value[half]);
       if (kPost == Post::kAdd) value[half] = _mm512_add_ps(value[half], widen(args.other + offset + half * kTile));
     }
-    _mm512_storeu_si512(args.y + offset, (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]));
+    const auto result = (__m512i)_mm512_cvtne2ps_pbh(value[1], value[0]);
+    if (args.rows * args.features > kStreamedElements) {
+      _mm512_stream_si512(reinterpret_cast<__m512i*>(args.y + offset), result);
+    } else {
+      _mm512_store_si512(args.y + offset, result);
+    }
   }
 }
 
@@ -200,6 +209,7 @@ FASTBERT_AMX void compute(const Linear& args, int64_t first_panel, int64_t last_
     const int64_t end = first_panel + panels * (i + 1) / passes;
     pass<kPost>(args, begin * kPanel, end - begin, first_feature, last_feature, scratch);
   }
+  _mm_sfence();
   _tile_release();
 }
 
@@ -232,9 +242,10 @@ void amx_forward(const Linear& args, int num_threads) {
   const Compute function = functions[static_cast<int>(args.post)];
   const int64_t row_panels = ceil_div(args.rows, kPanel);
   const int64_t feature_panels = args.features / kPanel;
-  // Threads share the features first: each then reads its own part of the weight.
-  const int64_t across = std::clamp<int64_t>(feature_panels / 4, 1, num_threads);
-  const int64_t down = std::clamp<int64_t>(num_threads / across, 1, row_panels);
+  // With many rows threads share these, so that each packs its own; with few they share the features, so that each reads
+  // its own part of the weight.
+  const int64_t down = std::clamp<int64_t>(row_panels / kOwnPanels, 1, num_threads);
+  const int64_t across = std::clamp<int64_t>(num_threads / down, 1, feature_panels);
   const int64_t threads = across * down;
   const int64_t floats = round_up(scratch_floats(args), 16);
   const std::unique_ptr<float, Free> memory(

@@ -16,7 +16,7 @@ struct Linear {
   const uint16_t* weight;  // bfloat16, as amx_pack writes it
   const uint16_t* bias;    // bfloat16 [features], or null
   const uint16_t* other;   // bfloat16 [rows, features], contiguous: what kAdd adds
-  uint16_t* y;             // bfloat16 [rows, features]
+  uint16_t* y;             // bfloat16 [rows, features], at an address that is a multiple of 64
   int64_t rows;
   int64_t depth;
   int64_t features;

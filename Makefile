@@ -17,6 +17,7 @@ demo: $(READY)
 
 test: lint
 	$(BIN)/python -m pytest tests
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/ops
 
 lint: $(READY)
 	$(BIN)/ruff check .

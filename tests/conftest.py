@@ -3,14 +3,19 @@
 import pytest
 import torch
 
+from fastbert.backends import select
+
 
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="needs a CUDA device, and there is none")
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "needs a CUDA device, and there is none"
+    if next(select.needs_triton(select.Request("cpu", torch.float32)), None) is None:
+        reasons["many_programs"] = "Triton's interpreter runs one program after the other, and these are too many"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(skip)
+        for mark, reason in reasons.items():
+            if mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True)

@@ -214,8 +214,12 @@ def _missing_cuda_extension(index: int | None) -> str | None:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-@functools.cache
 def _missing_triton() -> str | None:
+    return _import_triton()
+
+
+@functools.cache
+def _import_triton() -> str | None:
     try:
         importlib.import_module("triton")
     except ImportError as error:

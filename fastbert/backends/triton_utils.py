@@ -13,6 +13,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Triton gives the decorated functions no types.
 jit: Any = triton.jit
@@ -66,3 +67,18 @@ def interpreted() -> bool:
 def capability() -> int:
     """The compute capability of the present CUDA device times ten: 90 for Hopper; 0 in the interpreter."""
     return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch)
+
+
+def pieces(size: int) -> tuple[int, int]:
+    """Two powers of two that cover ``size`` with few to spare, the larger one first and none beyond: 768 as 512, 256.
+
+    The second is 0 where the first covers all.
+    """
+    first = triton.next_power_of_2(size + 1) // 2
+    return first, triton.next_power_of_2(size - first) if size > first else 0
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``[..., H]`` -> ``[rows, H]``, each row contiguous; a copy only where the strides ask for one."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()

@@ -42,7 +42,9 @@ def test_empty_and_short_sequences_case_12(lengths, p):
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("spare", [0, 2])
 @pytest.mark.parametrize(
-    "lengths", [(), (0,), (0, 0), (1,), (0, 1, 0), (1,) * 65_537], ids=["none", "0", "0-0", "1", "0-1-0", "many"]
+    "lengths",
+    [(), (0,), (0, 0), (1,), (0, 1, 0), pytest.param((1,) * 65_537, marks=pytest.mark.many_programs)],
+    ids=["none", "0", "0-0", "1", "0-1-0", "many"],
 )
 def test_at_most_one_token_case_11_12_and_20(lengths, spare, p):
     """The probability of the only key is one: eager PyTorch makes no error that parity could allow twice."""
@@ -81,6 +83,7 @@ def test_rows_of_no_sequence_case_12(p):
         assert torch.equal(gradient[:10], expected_gradient)
 
 
+@pytest.mark.many_programs
 def test_more_than_65536_rows_case_20():
     attention(lengths=[65] * 1010, heads=1, size=4).check()
 

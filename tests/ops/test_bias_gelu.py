@@ -24,6 +24,7 @@ def test_empty_batch_case_11(shape):
     bias_gelu(shape).check()
 
 
+@pytest.mark.many_programs
 def test_more_than_65536_rows_case_20():
     bias_gelu((65_537, 9)).check()
 

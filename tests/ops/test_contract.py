@@ -15,6 +15,8 @@ from ops import problems
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from fastbert.backends import select
+
 makers = pytest.mark.parametrize("maker", problems.MAKERS.values(), ids=problems.MAKERS)
 dtypes = pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
 DROPPING = [name for name in problems.MAKERS if problems.MAKERS[name]().dropout_p > 0.0]
@@ -310,6 +312,13 @@ def test_checkpoint_case_28(name, use_reentrant):
     assert all(torch.equal(x, y) for x, y in zip(checkpointed, plain, strict=True))
 
 
+one_thread_at_a_time = pytest.mark.skipif(
+    next(select.needs_triton(select.Request("cpu", torch.float32)), None) is None,
+    reason="Triton's interpreter keeps the running program in globals: one thread at a time",
+)
+
+
+@one_thread_at_a_time
 @makers
 def test_threads_case_33(maker):
     """Eight threads at once compute what one does."""
@@ -365,6 +374,7 @@ COLD = textwrap.dedent(
 )
 
 
+@one_thread_at_a_time
 def test_threads_with_cold_caches_case_33():
     """The first calls of a process, eight at a time: implementations and the extension load in them."""
     done = subprocess.run([sys.executable, "-c", COLD], capture_output=True, text=True, timeout=300)

@@ -27,6 +27,7 @@ def test_empty_batch_case_11():
     embedding_layer_norm(tokens=0).check()
 
 
+@pytest.mark.many_programs
 def test_more_than_65536_rows_case_20():
     embedding_layer_norm(tokens=65_537, hidden=9).check()
 

@@ -24,6 +24,7 @@ def test_empty_batch_case_11(shape):
     linear_gelu(shape).check()
 
 
+@pytest.mark.many_programs
 def test_more_than_65536_rows_case_20():
     linear_gelu((65_537, 5), 3).check()
 

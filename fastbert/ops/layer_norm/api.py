@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fastbert.backends import checks, select
 from fastbert.ops.layer_norm import schema  # noqa: F401  registers the op
 
+
+def _triton_reasons(request: select.Request) -> Iterator[str]:
+    yield from select.needs_triton(request)
+    yield from select.needs_dtype(request, torch.float32, torch.float16, torch.bfloat16)
+
+
 _MODULE = "fastbert.ops.layer_norm"
 TABLE = select.Table(
     "layer_norm",
     (
+        select.Implementation("triton", f"{_MODULE}.triton", _triton_reasons),
         select.Implementation("torch", f"{_MODULE}.torch", select.nothing),
         select.Implementation("reference", f"{_MODULE}.reference", select.nothing),
     ),
@@ -25,7 +34,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, *, impl: str
         x: ``[..., H]``, any floating dtype and strides.
         weight, bias: ``[H]``, any floating dtype; each gets its gradient in its own.
         eps: added to the variance.
-        impl: "torch", "reference", or None for the first of them that can serve the call.
+        impl: "triton" (CUDA), "torch", "reference", or None for the first of them that can serve the call.
 
     Returns:
         ``[..., H]``, contiguous, in the dtype of ``x``.

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -67,6 +68,22 @@ def interpreted() -> bool:
 def capability() -> int:
     """The compute capability of the present CUDA device times ten: 90 for Hopper; 0 in the interpreter."""
     return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch)
+
+
+@jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` in float32; ``acc`` may be None, ``PRECISION`` is that of ``dot_precision``."""
+    if PRECISION == "interpreted":  # whose product takes bfloat16 for integers
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+def dot_precision() -> str:
+    """How ``dot`` multiplies float32: "ieee", or "tf32" where torch allows it in matrix products."""
+    if interpreted():
+        return "interpreted"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def pieces(size: int) -> tuple[int, int]:

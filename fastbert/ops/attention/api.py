@@ -12,6 +12,13 @@ from fastbert.backends import checks, select
 from fastbert.ops.attention import schema  # noqa: F401  registers the op
 
 
+def _triton_reasons(request: select.Request) -> Iterator[str]:
+    yield from select.needs_triton(request)
+    yield from select.needs_dtype(request, torch.float32, torch.float16, torch.bfloat16)
+    if request.head_size is not None and request.head_size > 128:
+        yield f"it has kernels for head sizes up to 128, and this one is {request.head_size}"
+
+
 def _amx_reasons(request: select.Request) -> Iterator[str]:
     yield from select.needs_device(request, "cpu")
     yield from select.needs_dtype(request, torch.bfloat16)
@@ -36,6 +43,7 @@ _MODULE = "fastbert.ops.attention"
 TABLE = select.Table(
     "attention",
     (
+        select.Implementation("triton", f"{_MODULE}.triton", _triton_reasons),
         select.Implementation("amx", f"{_MODULE}.amx", _amx_reasons),
         select.Implementation("sdpa", f"{_MODULE}.sdpa", _sdpa_reasons),
         select.Implementation("cpu", f"{_MODULE}.cpu", _cpu_reasons),
@@ -68,8 +76,8 @@ def attention(
         scale: of the scores; None: ``1 / sqrt(D)``.
         dropout_p: probability of dropping an attention probability, quantised to multiples of 2**-16.
         seed: int64 with one element, on the device of ``qkv``; None draws one from torch's default generator.
-        impl: "amx" (CPUs that have it, bfloat16, no dropout), "sdpa" (CPU, no dropout), "cpu", "reference", or None for
-            the first of them that can serve the call.
+        impl: "triton" (CUDA, heads up to 128), "amx" (CPUs that have it, bfloat16, no dropout), "sdpa" (CPU, no
+            dropout), "cpu", "reference", or None for the first of them that can serve the call.
 
     Returns:
         ``[T, A, D]``, contiguous, in the dtype of ``qkv``.

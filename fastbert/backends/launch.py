@@ -1,0 +1,36 @@
+"""Launch configurations of the Triton kernels: block sizes, warps and pipeline stages, read from ``launch.toml``.
+
+The table is keyed on (kernel, shape class, compute capability), found by ``python -m benchmarks.tune`` and committed:
+nothing is tuned at run time. A device takes the entry of the highest capability that isn't above its own, or the lowest
+there is.
+"""
+
+from __future__ import annotations
+
+import functools
+import tomllib
+from importlib import resources
+
+from fastbert.backends import triton_utils
+
+
+@functools.cache
+def table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """kernel -> shape class -> capability -> options."""
+    return tomllib.loads(resources.files("fastbert.backends").joinpath("launch.toml").read_text(encoding="utf-8"))
+
+
+def options(kernel: str, shape_class: str) -> dict[str, int]:
+    """The options of ``kernel`` for a class of shapes on the present device, a fresh dict.
+
+    Raises:
+        KeyError: the table has no such kernel or class.
+    """
+    return dict(_options(kernel, shape_class, triton_utils.capability()))
+
+
+@functools.cache
+def _options(kernel: str, shape_class: str, capability: int) -> dict[str, int]:
+    entries = {int(key): value for key, value in table()[kernel][shape_class].items()}
+    served = [key for key in entries if key <= capability]
+    return entries[max(served)] if served else entries[min(entries)]

@@ -1,0 +1,448 @@
+"""Packed attention in Triton, forward and backward; the maths is in ``reference.py``.
+
+Up to ``_SHORT`` keys, one program has a whole sequence of one head in one block: each of its tokens is read once and
+each result written once, and the softmax needs no second look. Longer sequences are cut into blocks of queries, which
+loop over blocks of keys with the online softmax of Dao et al., arXiv:2205.14135, algorithm 1; only the block with the
+last key is masked.
+
+Nobody but the device knows the lengths, so the list of blocks is arithmetic: sequence ``b`` has the programs from
+``cu_seqlens[b] // BLOCK + b`` on, which are at least as many as its blocks and at most one more, and a program finds
+its sequence by bisection. ``T // BLOCK + B`` programs for each head serve any mixture of lengths, and at most B of them
+have nothing to do.
+
+=========  =======================================================================================
+forward    reads Q, K, V, writes O and the log-sum-exp; 8 bytes an element of O in 16 bits where a
+           sequence is one block, and K and V once more for every further block of queries
+backward   short: reads Q, K, V, dO and computes the softmax again, its row sums too, so that
+           neither O nor the log-sum-exp is read; 14 bytes an element of O.
+           long: two kernels. The first has a block of queries: delta from dO and O, then dQ, with P
+           from the log-sum-exp. The second has a block of keys: dK and dV. No atomics: every row of
+           dQKV has one writer
+dropout    the mask is drawn from (seed, sequence, head, query, key) wherever P is computed
+=========  =======================================================================================
+
+Products take the operands in the dtype of ``qkv`` and accumulate in float32; the softmax is float32, to base two.
+Offsets of rows are int64.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.backends import launch, philox
+from fastbert.backends.triton_utils import attention_keep, dot, dot_precision, jit
+
+# The longest sequence that one program takes whole, by bytes of an element: beyond it registers run out.
+_SHORT = {2: 128, 4: 64}
+
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@jit
+def _sequence_of(slot, cu_seqlens_ptr, sequences, steps, BLOCK: tl.constexpr):
+    """The last sequence whose first program is ``slot`` or before it, found in ``steps`` halvings."""
+    low = slot * 0
+    high = low + sequences
+    for _ in range(steps):
+        middle = (low + high) // 2
+        before = tl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= slot
+        low = tl.where(before, middle, low)
+        high = tl.where(before, high, middle)
+    return low
+
+
+@jit
+def _place(pid, cu_seqlens_ptr, rows, heads, sequences, steps, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """(head, slot, sequence, its first row, its length, the first of the program's tokens in it)."""
+    head = pid % heads
+    slot = pid // heads
+    if WHOLE:
+        sequence = tl.minimum(slot, tl.maximum(sequences - 1, 0))
+    else:
+        sequence = _sequence_of(slot, cu_seqlens_ptr, sequences, steps, BLOCK)
+    first = tl.load(cu_seqlens_ptr + sequence)
+    # Offsets that don't ascend to at most T are the caller's error; they must not lead out of the tensors.
+    end = tl.load(cu_seqlens_ptr + tl.minimum(sequence + 1, sequences))
+    length = tl.minimum(end, rows) - tl.maximum(first, 0)
+    start = 0 if WHOLE else (slot - first // BLOCK - sequence) * BLOCK
+    return head, slot, sequence, first.to(tl.int64), length, start
+
+
+@jit
+def _tile(ptr, row, stride_row, column, row_valid, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows ``row`` (int64) of one head ``[rows, BLOCK_D]``, zero where a row is not valid and beyond D."""
+    valid = row_valid[:, None] if D == BLOCK_D else row_valid[:, None] & (column < D)[None, :]
+    return tl.load(ptr + row[:, None] * stride_row + column[None, :], mask=valid, other=0.0)
+
+
+@jit
+def _put(ptr, row, stride_row, column, row_valid, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Write what ``_tile`` would read."""
+    valid = row_valid[:, None] if D == BLOCK_D else row_valid[:, None] & (column < D)[None, :]
+    tl.store(ptr + row[:, None] * stride_row + column[None, :], x.to(ptr.dtype.element_ty), mask=valid)
+
+
+@jit
+def _clear(
+    ptr, stride_row, cu_seqlens_ptr, rows, sequences, slot, slots, column,
+    BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Zeros in this program's share of the rows of no sequence, for one head."""
+    used = tl.load(cu_seqlens_ptr + sequences)
+    for start in range(used + slot * BLOCK, rows, slots * BLOCK):
+        row = start + tl.arange(0, BLOCK).to(tl.int64)
+        _put(ptr, row, stride_row, column, row < rows, tl.zeros([BLOCK, BLOCK_D], tl.float32), D, BLOCK_D)
+
+
+@jit
+def _keep(seed_ptr, sequence, head, query, first_key, threshold, BLOCK_N: tl.constexpr):
+    """The keep mask ``[M, BLOCK_N]`` of the queries and of the keys from ``first_key``, a multiple of 8, on."""
+    group = first_key // 8 + tl.arange(0, BLOCK_N // 8)
+    return attention_keep(tl.load(seed_ptr), sequence, head, query, group, threshold)
+
+
+@jit
+def _attend(
+    q, acc, m, total, k_ptr, v_ptr, stride_row, first, start_n, length, column, scale2,
+    seed_ptr, sequence, head, query, threshold,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One block of keys of the online softmax: ``acc`` ``[M, D]``, the maximum ``m`` and the ``total`` ``[M]``."""
+    key = start_n + tl.arange(0, BLOCK_N)
+    row = first + key
+    valid = key < length if MASKED else key >= 0
+    k = _tile(k_ptr, row, stride_row, column, valid, D, BLOCK_D)
+    s = dot(q, tl.trans(k), None, PRECISION) * scale2
+    if MASKED:
+        s = tl.where(valid[None, :], s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1))
+    p = tl.exp2(s - m_new[:, None])
+    alpha = tl.exp2(m - m_new)
+    total = total * alpha + tl.sum(p, 1)
+    if DROPOUT:
+        p = tl.where(_keep(seed_ptr, sequence, head, query, start_n, threshold, BLOCK_N), p, 0.0)
+    v = _tile(v_ptr, row, stride_row, column, valid, D, BLOCK_D)
+    acc = dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
+    return acc, m_new, total
+
+
+@jit
+def forward_kernel(
+    qkv_ptr, stride_row, stride_part, stride_head, cu_seqlens_ptr, out_ptr, lse_ptr, seed_ptr,
+    rows, heads, sequences, steps, slots, scale, threshold, kept_scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    WHOLE: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one sequence and head: out ``[T, A, D]`` and lse ``[A, T]``."""
+    head, slot, sequence, first, length, start = _place(
+        tl.program_id(0), cu_seqlens_ptr, rows, heads, sequences, steps, BLOCK_M, WHOLE
+    )
+    column = tl.arange(0, BLOCK_D)
+    q_ptr = qkv_ptr + head.to(tl.int64) * stride_head
+    k_ptr = q_ptr + stride_part
+    v_ptr = k_ptr + stride_part
+    head_out_ptr = out_ptr + head * D
+    head_lse_ptr = lse_ptr + head.to(tl.int64) * rows
+    if start < length:
+        query = start + tl.arange(0, BLOCK_M)
+        row, valid = first + query, query < length
+        scale2 = scale * _LOG2_E
+        q = _tile(q_ptr, row, stride_row, column, valid, D, BLOCK_D)
+        acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+        full = 0 if WHOLE else (length - 1) // BLOCK_N * BLOCK_N
+        if not WHOLE:
+            for start_n in range(0, full, BLOCK_N):
+                acc, m, total = _attend(
+                    q, acc, m, total, k_ptr, v_ptr, stride_row, first, start_n, length, column, scale2,
+                    seed_ptr, sequence, head, query, threshold,
+                    D, BLOCK_N, BLOCK_D, False, DROPOUT, PRECISION,
+                )  # fmt: skip
+        acc, m, total = _attend(
+            q, acc, m, total, k_ptr, v_ptr, stride_row, first, full, length, column, scale2,
+            seed_ptr, sequence, head, query, threshold,
+            D, BLOCK_N, BLOCK_D, True, DROPOUT, PRECISION,
+        )  # fmt: skip
+        out = acc * (kept_scale / total)[:, None]
+        _put(head_out_ptr, row, heads * D, column, valid, out, D, BLOCK_D)
+        tl.store(head_lse_ptr + row, (m + tl.log2(total)) * _LN_2, mask=valid)
+    _clear(head_out_ptr, heads * D, cu_seqlens_ptr, rows, sequences, slot, slots, column, BLOCK_M, D, BLOCK_D)
+    for spare in range(tl.load(cu_seqlens_ptr + sequences) + slot * BLOCK_M, rows, slots * BLOCK_M):
+        spare_row = spare + tl.arange(0, BLOCK_M)
+        tl.store(head_lse_ptr + spare_row, tl.zeros([BLOCK_M], tl.float32), mask=spare_row < rows)
+
+
+@jit
+def backward_short_kernel(
+    dout_ptr, stride_dout, stride_dout_head, qkv_ptr, stride_row, stride_part, stride_head, cu_seqlens_ptr, dqkv_ptr,
+    seed_ptr, rows, heads, sequences, steps, slots, scale, threshold, kept_scale,
+    D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One sequence of one head whole: dqkv ``[T, 3, A, D]``."""
+    head, slot, sequence, first, length, start = _place(
+        tl.program_id(0), cu_seqlens_ptr, rows, heads, sequences, steps, BLOCK, True
+    )
+    column = tl.arange(0, BLOCK_D)
+    q_ptr = qkv_ptr + head.to(tl.int64) * stride_head
+    dq_ptr = dqkv_ptr + head * D
+    part = heads * D
+    if start < length:
+        token = tl.arange(0, BLOCK)
+        row, valid = first + token, token < length
+        q = _tile(q_ptr, row, stride_row, column, valid, D, BLOCK_D)
+        k = _tile(q_ptr + stride_part, row, stride_row, column, valid, D, BLOCK_D)
+        s = dot(q, tl.trans(k), None, PRECISION) * (scale * _LOG2_E)
+        s = tl.where(valid[None, :], s, float("-inf"))
+        p = tl.exp2(s - tl.max(s, 1)[:, None])
+        # Rows beyond the last query are no tokens: without these zeros they would reach dK and dV.
+        p = tl.where(valid[:, None], p / tl.sum(p, 1)[:, None], 0.0)
+        do = _tile(
+            dout_ptr + head.to(tl.int64) * stride_dout_head, row, stride_dout, column, valid, D, BLOCK_D
+        ).to(q.dtype)  # fmt: skip
+        v = _tile(q_ptr + 2 * stride_part, row, stride_row, column, valid, D, BLOCK_D)
+        dp = dot(do, tl.trans(v), None, PRECISION)
+        dropped = p
+        if DROPOUT:
+            keep = _keep(seed_ptr, sequence, head, token, 0, threshold, BLOCK)
+            dropped = tl.where(keep, p, 0.0)
+            dp = tl.where(keep, dp * kept_scale, 0.0)
+        dv = dot(tl.trans(dropped.to(do.dtype)), do, None, PRECISION) * kept_scale
+        _put(dq_ptr + 2 * part, row, 3 * part, column, valid, dv, D, BLOCK_D)
+        delta = tl.sum(p * dp, 1)
+        ds = (p * (dp - delta[:, None])).to(q.dtype)
+        dq = dot(ds, k, None, PRECISION) * scale
+        _put(dq_ptr, row, 3 * part, column, valid, dq, D, BLOCK_D)
+        dk = dot(tl.trans(ds), q, None, PRECISION) * scale
+        _put(dq_ptr + part, row, 3 * part, column, valid, dk, D, BLOCK_D)
+    for index in tl.static_range(3):
+        _clear(
+            dq_ptr + index * part, 3 * part, cu_seqlens_ptr, rows, sequences, slot, slots, column, BLOCK, D, BLOCK_D
+        )  # fmt: skip
+
+
+@jit
+def _dq_block(
+    q, do, dq, delta, lse2, k_ptr, v_ptr, stride_row, first, start_n, length, column, scale2,
+    seed_ptr, sequence, head, query, threshold, kept_scale,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dq`` ``[M, D]`` and what one block of keys adds to it."""
+    key = start_n + tl.arange(0, BLOCK_N)
+    row = first + key
+    valid = key < length if MASKED else key >= 0
+    k = _tile(k_ptr, row, stride_row, column, valid, D, BLOCK_D)
+    s = dot(q, tl.trans(k), None, PRECISION) * scale2
+    if MASKED:
+        s = tl.where(valid[None, :], s, float("-inf"))
+    p = tl.exp2(s - lse2[:, None])
+    v = _tile(v_ptr, row, stride_row, column, valid, D, BLOCK_D)
+    dp = dot(do, tl.trans(v), None, PRECISION)
+    if DROPOUT:
+        keep = _keep(seed_ptr, sequence, head, query, start_n, threshold, BLOCK_N)
+        dp = tl.where(keep, dp * kept_scale, 0.0)
+    ds = p * (dp - delta[:, None])
+    return dot(ds.to(k.dtype), k, dq, PRECISION)
+
+
+@jit
+def backward_dq_kernel(
+    dout_ptr, stride_dout, stride_dout_head, qkv_ptr, stride_row, stride_part, stride_head, out_ptr, lse_ptr,
+    cu_seqlens_ptr, dqkv_ptr, delta_ptr, seed_ptr,
+    rows, heads, sequences, steps, slots, scale, threshold, kept_scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of queries of one sequence and head: dQ, and delta ``[A, T]`` for ``backward_dkv_kernel``."""
+    head, slot, sequence, first, length, start = _place(
+        tl.program_id(0), cu_seqlens_ptr, rows, heads, sequences, steps, BLOCK_M, False
+    )
+    column = tl.arange(0, BLOCK_D)
+    q_ptr = qkv_ptr + head.to(tl.int64) * stride_head
+    k_ptr = q_ptr + stride_part
+    v_ptr = k_ptr + stride_part
+    dq_ptr = dqkv_ptr + head * D
+    statistics = head.to(tl.int64) * rows
+    if start < length:
+        query = start + tl.arange(0, BLOCK_M)
+        row, valid = first + query, query < length
+        q = _tile(q_ptr, row, stride_row, column, valid, D, BLOCK_D)
+        out = _tile(out_ptr + head * D, row, heads * D, column, valid, D, BLOCK_D)
+        do = _tile(
+            dout_ptr + head.to(tl.int64) * stride_dout_head, row, stride_dout, column, valid, D, BLOCK_D
+        ).to(q.dtype)  # fmt: skip
+        delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+        tl.store(delta_ptr + statistics + row, delta, mask=valid)
+        lse2 = tl.load(lse_ptr + statistics + row, mask=valid, other=0.0) * _LOG2_E
+        scale2 = scale * _LOG2_E
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        full = (length - 1) // BLOCK_N * BLOCK_N
+        for start_n in range(0, full, BLOCK_N):
+            dq = _dq_block(
+                q, do, dq, delta, lse2, k_ptr, v_ptr, stride_row, first, start_n, length, column, scale2,
+                seed_ptr, sequence, head, query, threshold, kept_scale,
+                D, BLOCK_N, BLOCK_D, False, DROPOUT, PRECISION,
+            )  # fmt: skip
+        dq = _dq_block(
+            q, do, dq, delta, lse2, k_ptr, v_ptr, stride_row, first, full, length, column, scale2,
+            seed_ptr, sequence, head, query, threshold, kept_scale,
+            D, BLOCK_N, BLOCK_D, True, DROPOUT, PRECISION,
+        )  # fmt: skip
+        _put(dq_ptr, row, 3 * heads * D, column, valid, dq * scale, D, BLOCK_D)
+    _clear(dq_ptr, 3 * heads * D, cu_seqlens_ptr, rows, sequences, slot, slots, column, BLOCK_M, D, BLOCK_D)
+
+
+@jit
+def backward_dkv_kernel(
+    dout_ptr, stride_dout, stride_dout_head, qkv_ptr, stride_row, stride_part, stride_head, lse_ptr, delta_ptr,
+    cu_seqlens_ptr, dqkv_ptr, seed_ptr,
+    rows, heads, sequences, steps, slots, scale, threshold, kept_scale,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A block of keys of one sequence and head: dK and dV. The products are those of ``Pᵀ``, ``[N, M]``."""
+    head, slot, sequence, first, length, start = _place(
+        tl.program_id(0), cu_seqlens_ptr, rows, heads, sequences, steps, BLOCK_N, False
+    )
+    column = tl.arange(0, BLOCK_D)
+    q_ptr = qkv_ptr + head.to(tl.int64) * stride_head
+    head_dout_ptr = dout_ptr + head.to(tl.int64) * stride_dout_head
+    part = heads * D
+    dk_ptr = dqkv_ptr + head * D + part
+    statistics = head.to(tl.int64) * rows
+    if start < length:
+        key = start + tl.arange(0, BLOCK_N)
+        key_row, key_valid = first + key, key < length
+        k = _tile(q_ptr + stride_part, key_row, stride_row, column, key_valid, D, BLOCK_D)
+        v = _tile(q_ptr + 2 * stride_part, key_row, stride_row, column, key_valid, D, BLOCK_D)
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for start_m in range(0, length, BLOCK_M):
+            query = start_m + tl.arange(0, BLOCK_M)
+            row, valid = first + query, query < length
+            q = _tile(q_ptr, row, stride_row, column, valid, D, BLOCK_D)
+            # Infinite beyond the last query, where P must be zero.
+            lse2 = tl.load(lse_ptr + statistics + row, mask=valid, other=float("inf")) * _LOG2_E
+            delta = tl.load(delta_ptr + statistics + row, mask=valid, other=0.0)
+            st = dot(k, tl.trans(q), None, PRECISION) * (scale * _LOG2_E)
+            pt = tl.exp2(st - lse2[None, :])
+            do = _tile(head_dout_ptr, row, stride_dout, column, valid, D, BLOCK_D).to(q.dtype)
+            dpt = dot(v, tl.trans(do), None, PRECISION)
+            dropped = pt
+            if DROPOUT:
+                keep = tl.trans(_keep(seed_ptr, sequence, head, query, start, threshold, BLOCK_N))
+                dropped = tl.where(keep, pt, 0.0)
+                dpt = tl.where(keep, dpt * kept_scale, 0.0)
+            dv = dot(dropped.to(do.dtype), do, dv, PRECISION)
+            dst = pt * (dpt - delta[None, :])
+            dk = dot(dst.to(q.dtype), q, dk, PRECISION)
+        _put(dk_ptr, key_row, 3 * part, column, key_valid, dk * scale, D, BLOCK_D)
+        _put(dk_ptr + part, key_row, 3 * part, column, key_valid, dv * kept_scale, D, BLOCK_D)
+    for index in tl.static_range(2):
+        _clear(
+            dk_ptr + index * part, 3 * part, cu_seqlens_ptr, rows, sequences, slot, slots, column, BLOCK_N, D, BLOCK_D
+        )  # fmt: skip
+
+
+def _whole(max_seqlen: int, dtype: torch.dtype) -> int | None:
+    """The block that holds each sequence whole; None when they are too long."""
+    block = max(16, int(triton.next_power_of_2(max_seqlen)))
+    return block if block <= _SHORT[dtype.itemsize] else None
+
+
+def _programs(cu_seqlens: Tensor, rows: int, block: int, whole: bool) -> tuple[int, int, int]:
+    """(sequences, halvings that find a program's sequence, programs for each head)."""
+    sequences = cu_seqlens.shape[0] - 1
+    slots = sequences if whole else rows // block + sequences
+    return sequences, sequences.bit_length(), max(1, slots)
+
+
+def _rows_of_heads(x: Tensor) -> Tensor:
+    """``x`` with the elements of a head next to each other."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _block_d(size: int) -> int:
+    """Tensor cores take 16 elements of a head at least."""
+    return max(16, int(triton.next_power_of_2(size)))
+
+
+def _options(kernel: str, dtype: torch.dtype, size: int, whole: int | None) -> dict[str, int]:
+    """Block sizes, warps and stages from the launch table."""
+    regime = "long" if whole is None else f"S <= {max(32, whole)}"
+    return launch.options(kernel, f"{8 * dtype.itemsize} bits, D <= {max(64, _block_d(size))}, {regime}")
+
+
+def forward(
+    qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(O ``[T, A, D]``, lse ``[A, T]``)."""
+    rows, _, heads, size = qkv.shape
+    out = qkv.new_empty(rows, heads, size)
+    lse = qkv.new_empty(heads, rows, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse.zero_()
+    qkv, cu_seqlens = _rows_of_heads(qkv), cu_seqlens.contiguous()
+    whole = _whole(max_seqlen, qkv.dtype)
+    options = _options("attention_forward", qkv.dtype, size, whole)
+    if whole is not None:
+        options |= {"BLOCK_M": whole, "BLOCK_N": whole}
+    sequences, steps, slots = _programs(cu_seqlens, rows, options["BLOCK_M"], whole is not None)
+    forward_kernel[(slots * heads,)](
+        qkv, *qkv.stride()[:3], cu_seqlens, out, lse, cu_seqlens if seed is None else seed,
+        rows, heads, sequences, steps, slots, scale, philox.threshold(dropout_p), philox.scale(dropout_p),
+        D=size, BLOCK_D=_block_d(size), WHOLE=whole is not None, DROPOUT=seed is not None,
+        PRECISION=dot_precision(), **options,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """dqkv ``[T, 3, A, D]``."""
+    rows, _, heads, size = qkv.shape
+    dqkv = qkv.new_empty(qkv.shape)
+    if dqkv.numel() == 0:
+        return dqkv
+    dout, qkv, cu_seqlens = _rows_of_heads(dout), _rows_of_heads(qkv), cu_seqlens.contiguous()
+    whole = _whole(max_seqlen, qkv.dtype)
+    operands = (dout, *dout.stride()[:2], qkv, *qkv.stride()[:3])
+    seed_or_any = cu_seqlens if seed is None else seed
+    numbers = (scale, philox.threshold(dropout_p), philox.scale(dropout_p))
+    constants = {"D": size, "BLOCK_D": _block_d(size), "DROPOUT": seed is not None, "PRECISION": dot_precision()}
+    if whole is not None:
+        sequences, steps, slots = _programs(cu_seqlens, rows, whole, True)
+        backward_short_kernel[(slots * heads,)](
+            *operands, cu_seqlens, dqkv, seed_or_any, rows, heads, sequences, steps, slots, *numbers,
+            BLOCK=whole, **constants, **_options("attention_backward", qkv.dtype, size, whole),
+        )  # fmt: skip
+        return dqkv
+    delta = torch.empty_like(lse)
+    options = _options("attention_backward_dq", qkv.dtype, size, None)
+    sequences, steps, slots = _programs(cu_seqlens, rows, options["BLOCK_M"], False)
+    backward_dq_kernel[(slots * heads,)](
+        *operands, out, lse, cu_seqlens, dqkv, delta, seed_or_any, rows, heads, sequences, steps, slots, *numbers,
+        **constants, **options,
+    )  # fmt: skip
+    options = _options("attention_backward_dkv", qkv.dtype, size, None)
+    sequences, steps, slots = _programs(cu_seqlens, rows, options["BLOCK_N"], False)
+    backward_dkv_kernel[(slots * heads,)](
+        *operands, lse, delta, cu_seqlens, dqkv, seed_or_any, rows, heads, sequences, steps, slots, *numbers,
+        **constants, **options,
+    )  # fmt: skip
+    return dqkv

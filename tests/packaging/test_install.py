@@ -131,7 +131,8 @@ def test_wheel_holds_nothing_but_the_package(host_wheel: Path) -> None:
         names = archive.namelist()
     assert {name.split("/")[0] for name in names} == {"fastbert", f"fastbert-{fastbert.__version__}.dist-info"}
     suffixes = {Path(name).suffix for name in names if name.startswith("fastbert/")}
-    assert suffixes == {".py", ".so", ".typed"}
+    assert suffixes == {".py", ".so", ".toml", ".typed"}
+    assert "fastbert/backends/launch.toml" in names
     assert f"fastbert-{fastbert.__version__}.dist-info/licenses/LICENSE" in names
 
 

@@ -11,7 +11,9 @@
 #include "attention/amx.h"
 #include "attention/dropout.h"
 #include "bias_dropout_residual/bias_dropout_residual.h"
+#include "bias_dropout_residual_layer_norm/bias_dropout_residual_layer_norm.h"
 #include "common/amx.h"
+#include "common/dropout.h"
 #include "common/dtype.h"
 #include "common/philox_host.h"
 #include "linear/amx.h"
@@ -55,11 +57,11 @@ void check_shape(int64_t rows, int64_t cols) {
   }
 }
 
-bias_dropout_residual::Dropout make_dropout(std::uintptr_t seed, int64_t threshold, float scale) {
-  if (threshold < 0 || threshold > bias_dropout_residual::kKeepAll) {
+Dropout make_dropout(std::uintptr_t seed, int64_t threshold, float scale) {
+  if (threshold < 0 || threshold > kKeepAll) {
     throw std::invalid_argument("threshold is " + std::to_string(threshold) + "; it may be 0 to 65536");
   }
-  if (threshold != bias_dropout_residual::kKeepAll) check_address("seed", seed);
+  if (threshold != kKeepAll) check_address("seed", seed);
   return {pointer<const int64_t>(seed), static_cast<uint32_t>(threshold), scale};
 }
 
@@ -98,6 +100,88 @@ void run_backward(std::uintptr_t dy, std::uintptr_t dx, std::uintptr_t dbias, st
     launch(bias_dropout_residual::Backward<T>{pointer<const T>(dy), pointer<T>(dx), pointer<T>(dbias),
                                               pointer<float>(scratch), rows, cols, dropout});
   });
+}
+
+// Binds the forward and the backward of bias_dropout_residual_layer_norm for one build: `runner` is the number of
+// threads or the stream, and forward(args, runner) and backward(args, runner) run them.
+template <typename Runner, typename Forward, typename Backward>
+void bind_bias_dropout_residual_layer_norm(py::module_& m, const std::string& build, const char* runner_name,
+                                           Forward forward, Backward backward) {
+  using py::arg;
+  namespace fused = bias_dropout_residual_layer_norm;
+  const auto check = [](int64_t rows, int64_t cols, int dtype, int parameter_dtype) {
+    check_shape(rows, cols);
+    if (parameter_dtype != dtype && parameter_dtype != static_cast<int>(DType::kFloat32)) {
+      throw std::invalid_argument("parameter_dtype is " + std::to_string(parameter_dtype) +
+                                  "; it may be dtype or FLOAT32");
+    }
+  };
+
+  m.def(("bias_dropout_residual_layer_norm_forward_" + build).c_str(),
+        [=](std::uintptr_t x, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t weight,
+            std::uintptr_t ln_bias, int parameter_dtype, float eps, std::uintptr_t out, std::uintptr_t hidden,
+            std::uintptr_t mean, std::uintptr_t rstd, int64_t rows, int64_t cols, int dtype, std::uintptr_t seed,
+            int64_t threshold, float scale, Runner runner) {
+          check(rows, cols, dtype, parameter_dtype);
+          const auto dropout = make_dropout(seed, threshold, scale);
+          const bool empty = rows == 0 || cols == 0;
+          if (!empty) {
+            check_address("x", x);
+            check_address("residual", residual);
+            check_address("weight", weight);
+            check_address("ln_bias", ln_bias);
+            check_address("out", out);
+          }
+          dispatch(dtype, [&](auto element) {
+            using T = decltype(element);
+            if (empty) return;
+            const bool wide = parameter_dtype == static_cast<int>(DType::kFloat32);
+            const py::gil_scoped_release release;
+            forward(fused::Forward<T>{pointer<const T>(x), pointer<const T>(bias), pointer<const T>(residual),
+                                      pointer<const void>(weight), pointer<const void>(ln_bias), wide, eps,
+                                      pointer<T>(out), pointer<T>(hidden), pointer<float>(mean), pointer<float>(rstd),
+                                      rows, cols, dropout},
+                    runner);
+          });
+        },
+        arg("x"), arg("bias"), arg("residual"), arg("weight"), arg("ln_bias"), arg("parameter_dtype"), arg("eps"),
+        arg("out"), arg("hidden"), arg("mean"), arg("rstd"), arg("rows"), arg("cols"), arg("dtype"), arg("seed"),
+        arg("threshold"), arg("scale"), arg(runner_name),
+        "hidden = residual + scale * mask * (x + bias) and out = LayerNorm(hidden), with its mean and rstd; a null "
+        "hidden, mean or rstd is not stored.");
+
+  m.def(("bias_dropout_residual_layer_norm_backward_" + build).c_str(),
+        [=](std::uintptr_t dy, std::uintptr_t hidden, std::uintptr_t weight, int parameter_dtype, std::uintptr_t mean,
+            std::uintptr_t rstd, std::uintptr_t dresidual, std::uintptr_t dx, std::uintptr_t dbias,
+            std::uintptr_t dweight, std::uintptr_t dln_bias, std::uintptr_t scratch, int64_t rows, int64_t cols,
+            int dtype, std::uintptr_t seed, int64_t threshold, float scale, Runner runner) {
+          check(rows, cols, dtype, parameter_dtype);
+          const auto dropout = make_dropout(seed, threshold, scale);
+          if (rows > 0 && cols > 0) {
+            check_address("dy", dy);
+            check_address("hidden", hidden);
+            check_address("weight", weight);
+            check_address("mean", mean);
+            check_address("rstd", rstd);
+            if (dbias != 0 || dweight != 0 || dln_bias != 0) check_address("scratch", scratch);
+          }
+          dispatch(dtype, [&](auto element) {
+            using T = decltype(element);
+            if (cols == 0) return;
+            const bool wide = parameter_dtype == static_cast<int>(DType::kFloat32);
+            const py::gil_scoped_release release;
+            backward(fused::Backward<T>{pointer<const T>(dy), pointer<const T>(hidden), pointer<const void>(weight),
+                                        wide, pointer<const float>(mean), pointer<const float>(rstd),
+                                        pointer<T>(dresidual), pointer<T>(dx), pointer<T>(dbias),
+                                        pointer<void>(dweight), pointer<void>(dln_bias), pointer<float>(scratch), rows,
+                                        cols, dropout},
+                     runner);
+          });
+        },
+        arg("dy"), arg("hidden"), arg("weight"), arg("parameter_dtype"), arg("mean"), arg("rstd"), arg("dresidual"),
+        arg("dx"), arg("dbias"), arg("dweight"), arg("dln_bias"), arg("scratch"), arg("rows"), arg("cols"),
+        arg("dtype"), arg("seed"), arg("threshold"), arg("scale"), arg(runner_name),
+        "The gradients of all arguments from dy, hidden, mean and rstd; one with a null address is not computed.");
 }
 
 py::dict build_info() {
@@ -184,7 +268,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           if (sequences == 0 || heads == 0 || queries == 0 || keys == 0) return;
           check_address("probabilities", probabilities);
           const auto dropout = make_dropout(seed, threshold, scale);
-          if (dropout.threshold == bdr::kKeepAll) return;
+          if (dropout.threshold == kKeepAll) return;
           const py::gil_scoped_release release;
           attention::dropout_host({pointer<float>(probabilities), first_sequence, sequences, heads, queries, keys,
                                    *dropout.seed, dropout.threshold, dropout.scale},
@@ -292,6 +376,23 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         arg("threshold"), arg("scale"), arg("num_threads"),
         "dx = scale * mask * dy and dbias = its column sums; a null dx or dbias is not computed.");
 
+  m.def("bias_dropout_residual_layer_norm_backward_scratch",
+        [](int64_t rows, int64_t cols) {
+          check_shape(rows, cols);
+          return bias_dropout_residual_layer_norm::partials(rows) * bias_dropout_residual_layer_norm::kSums * cols;
+        },
+        arg("rows"), arg("cols"), "The number of floats of scratch that the backward needs for its column sums.");
+  bind_bias_dropout_residual_layer_norm<int>(
+      m, "host", "num_threads",
+      [](const auto& args, int num_threads) {
+        check_at_least("num_threads", num_threads, 1);
+        bias_dropout_residual_layer_norm::forward_host(args, num_threads);
+      },
+      [](const auto& args, int num_threads) {
+        check_at_least("num_threads", num_threads, 1);
+        bias_dropout_residual_layer_norm::backward_host(args, num_threads);
+      });
+
 #if defined(FASTBERT_CUDA_VERSION)
   m.def("device_error", &bdr::device_error, "Why the current device can't run the CUDA kernels, or None.");
   m.def("bias_dropout_residual_forward_device",
@@ -312,5 +413,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         arg("dy"), arg("dx"), arg("dbias"), arg("scratch"), arg("rows"), arg("cols"), arg("dtype"), arg("seed"),
         arg("threshold"), arg("scale"), arg("stream"),
         "dx = scale * mask * dy and dbias = its column sums on the current device; a null dx or dbias is not computed.");
+  bind_bias_dropout_residual_layer_norm<std::uintptr_t>(
+      m, "device", "stream",
+      [](const auto& args, std::uintptr_t stream) {
+        bias_dropout_residual_layer_norm::forward_device(args, pointer<void>(stream));
+      },
+      [](const auto& args, std::uintptr_t stream) {
+        bias_dropout_residual_layer_norm::backward_device(args, pointer<void>(stream));
+      });
 #endif
 }

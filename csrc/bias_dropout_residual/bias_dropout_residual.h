@@ -2,23 +2,13 @@
 
 #include <cstdint>
 
+#include "../common/dropout.h"
 #include "../common/dtype.h"
-#include "../common/macros.h"
 
 // out = residual + scale * mask * (x + bias); x, residual and out are contiguous [rows, cols], bias is [cols].
 // dx = scale * mask * dy; dbias[cols] = the column sums of dx before it is rounded.
 // mask[i] = draw(seed, i) < threshold, with i the index of the element and draw as in common/philox.h.
 namespace fastbert::bias_dropout_residual {
-
-// The dropout of one call. threshold of 65536 draws can be kept: at 65536 nothing is dropped and seed may be null.
-// seed is an address in the memory of the device that computes, so that a CUDA graph replays with a new seed.
-struct Dropout {
-  const int64_t* seed;
-  uint32_t threshold;
-  float scale;
-};
-
-constexpr uint32_t kKeepAll = 65536;
 
 // Column sums are taken in three steps whose order doesn't depend on the number of threads, so that runs agree bit for
 // bit: kRowsPerSum rows, the kRowsPerPartial / kRowsPerSum sums of a partial, and the partials. Short sums keep the
@@ -27,18 +17,6 @@ constexpr int64_t kRowsPerSum = 8;
 constexpr int64_t kRowsPerPartial = 64;
 
 inline int64_t partials(int64_t rows) { return (rows + kRowsPerPartial - 1) / kRowsPerPartial; }
-
-// One rounding for each operation: a fused multiply-add would not agree with eager PyTorch.
-// (The host is compiled with -ffp-contract=off.)
-FASTBERT_HD float multiply(float a, float b) {
-#if defined(__CUDA_ARCH__)
-  return __fmul_rn(a, b);
-#else
-  return a * b;
-#endif
-}
-
-FASTBERT_HD float drop(float value, bool keep, float scale) { return keep ? multiply(value, scale) : 0.0f; }
 
 // Any address may be null: bias where there is none, dx or dbias where it isn't wanted, scratch without dbias.
 template <typename T>

@@ -1,8 +1,9 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "../common/cuda_check.h"
-#include "../common/philox.h"
+#include "../common/column_sums.cuh"
+#include "../common/dropout.cuh"
+#include "../common/launch.h"
 #include "../common/vector.cuh"
 #include "bias_dropout_residual.h"
 
@@ -10,7 +11,6 @@ namespace fastbert::bias_dropout_residual {
 namespace {
 
 // A thread works on groups of 8 elements: one call of Philox, one or two 16-byte accesses.
-static_assert(kGroup == kDrawsPerCall);
 constexpr int kThreads = 256;
 constexpr int kBlocksPerMultiprocessor = 8;
 
@@ -20,38 +20,6 @@ constexpr int kRowThreads = kRowsPerPartial / kRowsPerSum;
 constexpr int kTileColumns = kColumnThreads * kGroup;
 static_assert(kColumnThreads * kRowThreads == kTileColumns, "each thread adds up one column of the tile");
 constexpr int kMaxGridY = 65535;
-
-// The block that adds up the partials of kColumnThreads columns.
-constexpr int kPartialThreads = 32;
-
-// The words that serve elements first .. first + 7, from two calls of Philox where they straddle a group.
-__device__ __forceinline__ void draw(uint64_t seed, int64_t first, uint32_t (&words)[kGroup / 2]) {
-  hidden_words(seed, first / kGroup, words[0], words[1], words[2], words[3]);
-  const int offset = static_cast<int>(first % kGroup);
-  if (offset == 0) return;
-  uint32_t all[kGroup] = {words[0], words[1], words[2], words[3]};
-  hidden_words(seed, first / kGroup + 1, all[4], all[5], all[6], all[7]);
-  // Shifts by 4, 2 and 1 draws: an index known at run time would send the words to local memory.
-  if (offset & 4) {
-#pragma unroll
-    for (int i = 0; i < 6; ++i) all[i] = all[i + 2];
-  }
-  if (offset & 2) {
-#pragma unroll
-    for (int i = 0; i < 5; ++i) all[i] = all[i + 1];
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) words[i] = offset & 1 ? all[i] >> 16 | all[i + 1] << 16 : all[i];
-}
-
-__device__ __forceinline__ void drop_group(float (&values)[kGroup], const uint32_t (&words)[kGroup / 2],
-                                           const Dropout& dropout) {
-#pragma unroll
-  for (int i = 0; i < kGroup; ++i) {
-    const uint32_t draw = i % 2 == 0 ? words[i / 2] & 0xFFFFu : words[i / 2] >> 16;
-    values[i] = drop(values[i], draw < dropout.threshold, dropout.scale);
-  }
-}
 
 // column_step is the number of columns that a thread moves on, modulo cols, from one of its groups to the next.
 template <typename T, bool kVector>
@@ -146,35 +114,13 @@ __global__ void __launch_bounds__(kColumnThreads* kRowThreads) backward_kernel(c
   }
 }
 
-// dbias = the sum of the partials, each thread adding every kPartialThreads-th of them. The sums are kept in double:
-// there may be thousands of partials.
+// dbias = the sum of the partials.
 template <typename T>
-__global__ void __launch_bounds__(kColumnThreads* kPartialThreads) add_partials_kernel(const Backward<T> args,
-                                                                                      const int64_t blocks) {
-  __shared__ double lanes[kPartialThreads][kColumnThreads];
-  const int64_t column = int64_t{blockIdx.x} * kColumnThreads + threadIdx.x;
-  double sum = 0.0;
-  if (column < args.cols) {
-#pragma unroll 4
-    for (int64_t block = threadIdx.y; block < blocks; block += kPartialThreads) {
-      sum += static_cast<double>(args.scratch[block * args.cols + column]);
-    }
-  }
-  lanes[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y != 0 || column >= args.cols) return;
-  for (int lane = 1; lane < kPartialThreads; ++lane) sum += lanes[lane][threadIdx.x];
-  args.dbias[column] = from_float<T>(static_cast<float>(sum));
-}
-
-bool aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; }
-
-int64_t multiprocessors() {
-  int device = 0;
-  int count = 0;
-  check_cuda("cudaGetDevice", cudaGetDevice(&device));
-  check_cuda("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  return count;
+__global__ void __launch_bounds__(kSumColumns* kSumLanes) add_partials_kernel(const Backward<T> args,
+                                                                             const int64_t blocks) {
+  const double sum = sum_partials(args.scratch, blocks, args.cols, args.cols);
+  const int64_t column = int64_t{blockIdx.x} * kSumColumns + threadIdx.x;
+  if (threadIdx.y == 0 && column < args.cols) args.dbias[column] = from_float<T>(static_cast<float>(sum));
 }
 
 }  // namespace
@@ -213,8 +159,8 @@ void backward_device(const Backward<T>& args, void* stream) {
     check_cuda("bias_dropout_residual backward", cudaGetLastError());
   }
   if (args.dbias == nullptr || args.cols == 0) return;
-  const auto columns = static_cast<unsigned>((args.cols + kColumnThreads - 1) / kColumnThreads);
-  const dim3 lanes(kColumnThreads, kPartialThreads);
+  const auto columns = static_cast<unsigned>((args.cols + kSumColumns - 1) / kSumColumns);
+  const dim3 lanes(kSumColumns, kSumLanes);
   add_partials_kernel<T><<<columns, lanes, 0, static_cast<cudaStream_t>(stream)>>>(args, blocks);
   check_cuda("bias_dropout_residual backward, the sum for dbias", cudaGetLastError());
 }

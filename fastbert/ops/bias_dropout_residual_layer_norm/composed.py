@@ -24,10 +24,13 @@ def forward(
     eps: float,
     p: float,
     seed: Tensor | None,
+    needs_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y ``[..., H]``, h ``[..., H]``, mean ``[..., 1]``, rstd ``[..., 1]``)."""
+    """(y ``[..., H]``, h ``[..., H]``, mean ``[..., 1]``, rstd ``[..., 1]``), the last three ``[0]`` without a backward."""
     hidden = _best("bias_dropout_residual", x, p).forward(x, bias, residual, p, seed)
     y, mean, rstd = _best("layer_norm", hidden).forward(hidden, weight, ln_bias, eps)
+    if not needs_backward:
+        return y, hidden.new_empty(0), mean.new_empty(0), rstd.new_empty(0)
     return y, hidden, mean, rstd
 
 

@@ -34,12 +34,15 @@ def forward(
     eps: float,
     p: float,
     seed: Tensor | None,
+    needs_backward: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y ``[..., H]``, h ``[..., H]``, mean ``[..., 1]``, rstd ``[..., 1]``)."""
+    """(y ``[..., H]``, h ``[..., H]``, mean ``[..., 1]``, rstd ``[..., 1]``), the last three ``[0]`` without a backward."""
     dtype = formulas.compute_dtype(x.dtype)
     branch = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
     hidden = (residual.to(dtype) + philox.hidden_dropout(branch, p, seed)).to(x.dtype)
     y, mean, rstd = formulas.layer_norm(hidden.to(dtype), weight.to(dtype), ln_bias.to(dtype), eps)
+    if not needs_backward:
+        hidden, mean, rstd = hidden.new_empty(0), mean.new_empty(0), rstd.new_empty(0)
     return y.to(x.dtype).contiguous(), hidden.contiguous(), mean.contiguous(), rstd.contiguous()
 
 

@@ -1,4 +1,8 @@
-"""The ops ``fastbert::bias_dropout_residual_layer_norm`` and its backward."""
+"""The ops ``fastbert::bias_dropout_residual_layer_norm`` and its backward.
+
+Without ``needs_backward`` a forward need not write what the backward would read: ``hidden``, ``mean`` and ``rstd`` are
+then ``[0]``.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +24,12 @@ def _forward_fake(
     eps: float,
     p: float,
     seed: Tensor | None,
+    needs_backward: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    mean = x.new_empty((*x.shape[:-1], 1), dtype=compute_dtype(x.dtype))
-    return x.new_empty(x.shape), x.new_empty(x.shape), mean, torch.empty_like(mean)
+    hidden = x.new_empty(x.shape if needs_backward else (0,))
+    mean = x.new_empty((*x.shape[:-1], 1) if needs_backward else (0,), dtype=compute_dtype(x.dtype))
+    return x.new_empty(x.shape), hidden, mean, torch.empty_like(mean)
 
 
 def _backward_fake(
@@ -44,12 +50,14 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, _, weight, _, _, ctx.p, seed, ctx.impl = inputs
+    _, _, _, weight, _, _, ctx.p, seed, ctx.needs_backward, ctx.impl = inputs
     _, hidden, mean, rstd = output
     ctx.save_for_backward(hidden, weight, mean, rstd, seed)
 
 
 def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    if not ctx.needs_backward:
+        raise RuntimeError("bias_dropout_residual_layer_norm was called with needs_backward=False: nothing was saved")
     hidden, weight, mean, rstd, seed = ctx.saved_tensors
     needs_dx, needs_dbias, needs_dresidual, needs_dweight, needs_dln_bias = ctx.needs_input_grad[:5]
     mask = (needs_dbias, needs_dweight, needs_dln_bias)
@@ -69,13 +77,14 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         None,
         None,
         None,
+        None,
     )
 
 
 library.define(
     "bias_dropout_residual_layer_norm",
     forward="(Tensor x, Tensor? bias, Tensor residual, Tensor weight, Tensor ln_bias, float eps, float p, Tensor? seed,"
-    " str impl) -> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)",
+    " bool needs_backward, str impl) -> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)",
     forward_fake=_forward_fake,
     backward="(Tensor dy, Tensor hidden, Tensor weight, Tensor mean, Tensor rstd, float p, Tensor? seed,"
     " bool[3] output_mask, str impl)"

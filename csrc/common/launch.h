@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 
@@ -12,6 +13,17 @@ inline void check_cuda(const char* what, cudaError_t error) {
   if (error == cudaSuccess) return;
   cudaGetLastError();  // forget it: a later check must not report it again
   throw std::runtime_error(std::string(what) + ": " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+// Whether 16-byte accesses may start at address.
+inline bool aligned(const void* address) { return reinterpret_cast<std::uintptr_t>(address) % 16 == 0; }
+
+inline int64_t multiprocessors() {
+  int device = 0;
+  int count = 0;
+  check_cuda("cudaGetDevice", cudaGetDevice(&device));
+  check_cuda("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  return count;
 }
 
 }  // namespace fastbert

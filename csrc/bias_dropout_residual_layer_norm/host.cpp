@@ -1,0 +1,248 @@
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "../common/philox_host.h"
+#include "bias_dropout_residual_layer_norm.h"
+
+namespace fastbert::bias_dropout_residual_layer_norm {
+namespace {
+
+constexpr int64_t kRowsPerSum = 8;     // rows of a partial that are added up by themselves: short sums, small errors
+constexpr int64_t kTile = 512;         // columns whose sums in double sit in the first-level cache
+constexpr int64_t kGrain = 32768;      // elements below which waking another thread costs more than it saves
+constexpr int kLanes = 32;             // neighbouring columns whose sums are kept apart, so that the loops vectorise
+
+int useful_threads(int64_t elements, int num_threads) {
+  return static_cast<int>(std::clamp<int64_t>(elements / kGrain, 1, num_threads));
+}
+
+// The sum over 0 .. count - 1 of term(i), in an order that no instruction set changes.
+template <typename Term>
+FASTBERT_HD float sum(int64_t count, Term&& term) {
+  alignas(64) float lanes[kLanes] = {};
+  int64_t start = 0;
+  for (; start + kLanes <= count; start += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) lanes[lane] += term(start + lane);
+  }
+  for (int lane = 0; start + lane < count; ++lane) lanes[lane] += term(start + lane);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  }
+  return lanes[0];
+}
+
+// The keep mask of one row as draws: keep where draws[column] < threshold.
+class RowDraws {
+ public:
+  RowDraws(const Dropout& dropout, int64_t cols)
+      : cols_(cols), drops_(dropout.threshold != kKeepAll), seed_(drops_ ? static_cast<uint64_t>(*dropout.seed) : 0) {
+    if (drops_) draws_.resize((cols + kDrawsPerCall + kDrawsPerRun - 1) / kDrawsPerRun * kDrawsPerRun);
+  }
+
+  bool drops() const { return drops_; }
+
+  FASTBERT_HD const uint16_t* of(int64_t row) {
+    const int64_t first = row * cols_;
+    const int64_t skip = first % kDrawsPerCall;
+    hidden_draws(seed_, first / kDrawsPerCall, skip + cols_, draws_.data());
+    return draws_.data() + skip;
+  }
+
+ private:
+  int64_t cols_;
+  bool drops_;
+  uint64_t seed_;
+  std::vector<uint16_t> draws_;
+};
+
+// The parameters [cols] of the LayerNorm in float; the caller's own where they are.
+template <typename T>
+const float* in_float(const void* parameter, bool is_float, int64_t cols, std::vector<float>& storage) {
+  if (is_float) return static_cast<const float*>(parameter);
+  storage.resize(cols);
+  const T* elements = static_cast<const T*>(parameter);
+  for (int64_t i = 0; i < cols; ++i) storage[i] = to_float(elements[i]);
+  return storage.data();
+}
+
+template <typename T>
+FASTBERT_CLONES void forward_rows(const Forward<T>& args, const float* weight, const float* ln_bias, int64_t first_row,
+                                  int64_t last_row) {
+  const int64_t cols = args.cols;
+  const float scale = args.dropout.scale;
+  const auto threshold = static_cast<uint16_t>(args.dropout.threshold);
+  RowDraws row_draws(args.dropout, cols);
+  const bool drops = row_draws.drops();
+  const std::unique_ptr<float[]> storage(new float[cols]);
+  float* __restrict hidden = storage.get();
+
+  for (int64_t row = first_row; row < last_row; ++row) {
+    const T* x = args.x + row * cols;
+    const T* residual = args.residual + row * cols;
+    const T* bias = args.bias;
+    if (bias == nullptr) {
+      for (int64_t i = 0; i < cols; ++i) hidden[i] = to_float(x[i]);
+    } else {
+      for (int64_t i = 0; i < cols; ++i) hidden[i] = to_float(x[i]) + to_float(bias[i]);
+    }
+    if (drops) {
+      const uint16_t* draws = row_draws.of(row);
+      for (int64_t i = 0; i < cols; ++i) hidden[i] = drop(hidden[i], draws[i] < threshold, scale);
+    }
+    for (int64_t i = 0; i < cols; ++i) hidden[i] = add_and_round<T>(to_float(residual[i]), hidden[i]);
+    if (args.hidden != nullptr) {
+      T* saved = args.hidden + row * cols;
+      for (int64_t i = 0; i < cols; ++i) saved[i] = from_float<T>(hidden[i]);
+    }
+
+    const float mean = sum(cols, [=](int64_t i) { return hidden[i]; }) / static_cast<float>(cols);
+    const float variance = sum(cols, [=](int64_t i) { return (hidden[i] - mean) * (hidden[i] - mean); }) /
+                           static_cast<float>(cols);
+    const float rstd = reciprocal_deviation(variance, args.eps);
+    if (args.mean != nullptr) args.mean[row] = mean;
+    if (args.rstd != nullptr) args.rstd[row] = rstd;
+    T* out = args.out + row * cols;
+    for (int64_t i = 0; i < cols; ++i) {
+      out[i] = from_float<T>(affine(normalise(hidden[i], mean, rstd), weight[i], ln_bias[i]));
+    }
+  }
+}
+
+// Rows first_row .. last_row - 1; their column sums are added to sums [kSums, cols], or null.
+template <typename T>
+FASTBERT_CLONES void backward_rows(const Backward<T>& args, const float* weight, int64_t first_row, int64_t last_row,
+                                   RowDraws& row_draws, float* __restrict g, float* __restrict xhat, float* sums) {
+  const int64_t cols = args.cols;
+  const float scale = args.dropout.scale;
+  const auto threshold = static_cast<uint16_t>(args.dropout.threshold);
+  float* __restrict dbias = sums;
+  float* __restrict dweight = sums + cols;
+  float* __restrict dln_bias = sums + 2 * cols;
+
+  for (int64_t row = first_row; row < last_row; ++row) {
+    const T* dy = args.dy + row * cols;
+    const T* hidden = args.hidden + row * cols;
+    const float mean = args.mean[row];
+    const float rstd = args.rstd[row];
+    for (int64_t i = 0; i < cols; ++i) xhat[i] = normalise(to_float(hidden[i]), mean, rstd);
+    for (int64_t i = 0; i < cols; ++i) g[i] = to_float(dy[i]);
+    if (sums != nullptr) {
+      for (int64_t i = 0; i < cols; ++i) {
+        dweight[i] += g[i] * xhat[i];
+        dln_bias[i] += g[i];
+      }
+    }
+    for (int64_t i = 0; i < cols; ++i) g[i] *= weight[i];
+    const float factor = rstd / static_cast<float>(cols);
+    const float mean_g = factor * sum(cols, [=](int64_t i) { return g[i]; });
+    const float mean_gxhat = factor * sum(cols, [=](int64_t i) { return g[i] * xhat[i]; });
+    for (int64_t i = 0; i < cols; ++i) g[i] = hidden_gradient(g[i], xhat[i], rstd, mean_g, mean_gxhat);
+    if (args.dresidual != nullptr) {
+      T* dresidual = args.dresidual + row * cols;
+      for (int64_t i = 0; i < cols; ++i) dresidual[i] = from_float<T>(g[i]);
+    }
+    if (row_draws.drops() && (args.dx != nullptr || args.dbias != nullptr)) {
+      const uint16_t* draws = row_draws.of(row);
+      for (int64_t i = 0; i < cols; ++i) g[i] = drop(g[i], draws[i] < threshold, scale);
+    }
+    if (args.dx != nullptr) {
+      T* dx = args.dx + row * cols;
+      for (int64_t i = 0; i < cols; ++i) dx[i] = from_float<T>(g[i]);
+    }
+    if (sums != nullptr) {
+      for (int64_t i = 0; i < cols; ++i) dbias[i] += g[i];
+    }
+  }
+}
+
+// Partials first .. last - 1 and their rows.
+template <typename T>
+void backward_partials(const Backward<T>& args, const float* weight, int64_t first, int64_t last) {
+  const int64_t rows = rows_per_partial(args.rows);
+  RowDraws row_draws(args.dropout, args.cols);
+  const std::unique_ptr<float[]> g(new float[args.cols]);
+  const std::unique_ptr<float[]> xhat(new float[args.cols]);
+  std::vector<float> sums(args.scratch == nullptr ? 0 : kSums * args.cols);
+  for (int64_t block = first; block < last; ++block) {
+    const int64_t end = std::min(args.rows, (block + 1) * rows);
+    if (args.scratch == nullptr) {
+      backward_rows(args, weight, block * rows, end, row_draws, g.get(), xhat.get(), nullptr);
+      continue;
+    }
+    float* partial = args.scratch + block * kSums * args.cols;
+    std::fill_n(partial, kSums * args.cols, 0.0f);
+    for (int64_t row = block * rows; row < end; row += kRowsPerSum) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      backward_rows(args, weight, row, std::min(end, row + kRowsPerSum), row_draws, g.get(), xhat.get(), sums.data());
+      for (int64_t i = 0; i < kSums * args.cols; ++i) partial[i] += sums[i];
+    }
+  }
+}
+
+// Columns begin .. end - 1, at most kTile, of gradient number `which`. The sums of the partials are kept in double:
+// there may be thousands.
+template <typename W>
+FASTBERT_CLONES void add_partials(const float* scratch, int64_t count, int64_t cols, int which, int64_t begin,
+                                  int64_t end, W* gradient) {
+  alignas(64) double sums[kTile] = {};
+  for (int64_t block = 0; block < count; ++block) {
+    const float* partial = scratch + (block * kSums + which) * cols + begin;
+    for (int64_t i = 0; i < end - begin; ++i) sums[i] += static_cast<double>(partial[i]);
+  }
+  for (int64_t i = 0; i < end - begin; ++i) gradient[begin + i] = from_float<W>(static_cast<float>(sums[i]));
+}
+
+template <typename W>
+void add_all_partials(const float* scratch, int64_t count, int64_t cols, int which, void* gradient) {
+  if (gradient == nullptr) return;
+  for (int64_t begin = 0; begin < cols; begin += kTile) {
+    add_partials(scratch, count, cols, which, begin, std::min(cols, begin + kTile), static_cast<W*>(gradient));
+  }
+}
+
+}  // namespace
+
+template <typename T>
+void forward_host(const Forward<T>& args, int num_threads) {
+  std::vector<float> storage[2];
+  const float* weight = in_float<T>(args.weight, args.float_parameters, args.cols, storage[0]);
+  const float* ln_bias = in_float<T>(args.ln_bias, args.float_parameters, args.cols, storage[1]);
+  const int threads = useful_threads(args.rows * args.cols, num_threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int part = 0; part < threads; ++part) {
+    forward_rows(args, weight, ln_bias, args.rows * part / threads, args.rows * (part + 1) / threads);
+  }
+}
+
+template <typename T>
+void backward_host(const Backward<T>& args, int num_threads) {
+  std::vector<float> storage;
+  const float* weight = in_float<T>(args.weight, args.float_parameters, args.cols, storage);
+  const int64_t count = partials(args.rows);
+  const int threads = useful_threads(args.rows * args.cols, num_threads);
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int part = 0; part < threads; ++part) {
+    backward_partials(args, weight, count * part / threads, count * (part + 1) / threads);
+  }
+  add_all_partials<T>(args.scratch, count, args.cols, 0, args.dbias);
+  void* const parameters[] = {args.dweight, args.dln_bias};
+  for (int i = 0; i < 2; ++i) {
+    if (args.float_parameters) {
+      add_all_partials<float>(args.scratch, count, args.cols, 1 + i, parameters[i]);
+    } else {
+      add_all_partials<T>(args.scratch, count, args.cols, 1 + i, parameters[i]);
+    }
+  }
+}
+
+template void forward_host(const Forward<float>&, int);
+template void forward_host(const Forward<Half>&, int);
+template void forward_host(const Forward<BFloat16>&, int);
+template void backward_host(const Backward<float>&, int);
+template void backward_host(const Backward<Half>&, int);
+template void backward_host(const Backward<BFloat16>&, int);
+
+}  // namespace fastbert::bias_dropout_residual_layer_norm

@@ -163,6 +163,7 @@ void bind_bias_dropout_residual_layer_norm(py::module_& m, const std::string& bu
             check_address("weight", weight);
             check_address("mean", mean);
             check_address("rstd", rstd);
+            check_address("dresidual", dresidual);
             if (dbias != 0 || dweight != 0 || dln_bias != 0) check_address("scratch", scratch);
           }
           dispatch(dtype, [&](auto element) {
@@ -181,7 +182,7 @@ void bind_bias_dropout_residual_layer_norm(py::module_& m, const std::string& bu
         arg("dy"), arg("hidden"), arg("weight"), arg("parameter_dtype"), arg("mean"), arg("rstd"), arg("dresidual"),
         arg("dx"), arg("dbias"), arg("dweight"), arg("dln_bias"), arg("scratch"), arg("rows"), arg("cols"),
         arg("dtype"), arg("seed"), arg("threshold"), arg("scale"), arg(runner_name),
-        "The gradients of all arguments from dy, hidden, mean and rstd; one with a null address is not computed.");
+        "The gradients from dy and what the forward stored; a null dx, dbias, dweight or dln_bias is not computed.");
 }
 
 py::dict build_info() {

@@ -64,7 +64,7 @@ struct Forward {
   Dropout dropout;
 };
 
-// Any address may be null: that of a gradient which isn't wanted; scratch without column sums.
+// Any address may be null: dx, dbias, dweight or dln_bias where it isn't wanted; scratch without the last three.
 template <typename T>
 struct Backward {
   const T* dy;

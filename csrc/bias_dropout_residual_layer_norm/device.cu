@@ -15,7 +15,7 @@ namespace {
 constexpr int kWarp = 32;
 constexpr int kMaxGroups = 1024;
 constexpr int kMaxWarps = 32;
-constexpr int kLoopThreads = 512;
+constexpr int kLoopThreads = 256;
 
 // Forward: teams of one warp up to 1024 columns, then of up to 8 warps. The numbers of blocks that a multiprocessor must
 // hold are there to bound the registers: enough warps, and no spills. (Rows that aren't aligned need more registers.)
@@ -29,8 +29,8 @@ constexpr int kForwardBlocks = !kVector ? 1 : kGroups == 4 ? 2 : kGroups == 3 ? 
 constexpr int kBackwardTeamThreads = 128;  // of all teams of a block, where one has fewer
 template <int kGroups>
 constexpr int kBackwardThreads = kGroups == 1 ? 256 : 512;
-template <int kGroups>
-constexpr int kBackwardBlocks = kGroups == 1 ? 3 : 1;
+template <bool kVector, int kGroups>
+constexpr int kBackwardBlocks = kVector && kGroups == 1 ? 3 : 1;
 template <typename T, int kGroups>
 constexpr int kRowsAtOnce = sizeof(T) == 2 && kGroups == 1 ? 2 : 1;
 
@@ -304,7 +304,7 @@ __device__ __forceinline__ void write_gradients(const Backward<T>& args, uint64_
   const float factor = rstd / static_cast<float>(args.cols);
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) g[i] = hidden_gradient(g[i], xhat[i], rstd, factor * sum_g, factor * sum_gxhat);
-  if (args.dresidual != nullptr) store_group<kVector>(g, column, args.cols, args.dresidual + row * args.cols);
+  store_group<kVector>(g, column, args.cols, args.dresidual + row * args.cols);
   if (args.dropout.threshold != kKeepAll && (args.dx != nullptr || args.dbias != nullptr)) {
     drop_at<kVector>(seed, row * args.cols + column, args.dropout, g);
   }
@@ -313,10 +313,10 @@ __device__ __forceinline__ void write_gradients(const Backward<T>& args, uint64_
 
 // Block x: the rows of partial x, each team kRowsAtOnce of them at a time.
 template <typename T, bool kVector, int kGroups>
-__global__ void __launch_bounds__(kBackwardThreads<kGroups>, kBackwardBlocks<kGroups>)
+__global__ void __launch_bounds__(kBackwardThreads<kGroups>, kBackwardBlocks<kVector, kGroups>)
     backward_kernel(const Backward<T> args) {
   constexpr int kRows = kRowsAtOnce<T, kGroups>;
-  __shared__ alignas(16) float lanes[2][kMaxWarps][2 * kRows];
+  alignas(16) __shared__ float lanes[2][kMaxWarps][2 * kRows];
   __shared__ float teams[kBackwardThreads<kGroups>][kGroup];
   const uint64_t seed = seed_of(args.dropout);
   const int64_t rows = rows_per_partial(args.rows);
@@ -496,23 +496,16 @@ void launch_forward(const Forward<T>& args, cudaStream_t stream) {
   const auto launch = [&](auto kernel, int64_t team, int64_t teams) {
     const auto blocks = static_cast<unsigned>(std::min((args.rows + teams - 1) / teams, most));
     kernel<<<blocks, dim3(static_cast<unsigned>(team), static_cast<unsigned>(teams)), 0, stream>>>(args);
+    check_cuda("bias_dropout_residual_layer_norm forward", cudaGetLastError());
   };
   // One team to a block where there are few rows: they spread over more multiprocessors.
   const int64_t teams = args.rows * kForwardTeams <= most ? 1 : kForwardTeams;
-  if (groups <= kWarp) {
-    launch(forward_kernel<T, kVector, 1>, kWarp, teams);
-  } else if (groups <= 2 * kWarp) {
-    launch(forward_kernel<T, kVector, 2>, kWarp, teams);
-  } else if (groups <= 3 * kWarp) {
-    launch(forward_kernel<T, kVector, 3>, kWarp, teams);
-  } else if (groups <= 4 * kWarp) {
-    launch(forward_kernel<T, kVector, 4>, kWarp, teams);
-  } else if (groups <= kMaxGroups) {
-    launch(forward_kernel<T, kVector, 4>, up_to_warps((groups + 3) / 4), 1);
-  } else {
-    launch(forward_loop_kernel<T, kVector>, kLoopThreads, 1);
-  }
-  check_cuda("bias_dropout_residual_layer_norm forward", cudaGetLastError());
+  if (groups <= kWarp) return launch(forward_kernel<T, kVector, 1>, kWarp, teams);
+  if (groups <= 2 * kWarp) return launch(forward_kernel<T, kVector, 2>, kWarp, teams);
+  if (groups <= 3 * kWarp) return launch(forward_kernel<T, kVector, 3>, kWarp, teams);
+  if (groups <= 4 * kWarp) return launch(forward_kernel<T, kVector, 4>, kWarp, teams);
+  if (groups <= kMaxGroups) return launch(forward_kernel<T, kVector, 4>, up_to_warps((groups + 3) / 4), 1);
+  launch(forward_loop_kernel<T, kVector>, kLoopThreads, 1);
 }
 
 template <typename T, bool kVector>
@@ -522,15 +515,13 @@ void launch_backward(const Backward<T>& args, cudaStream_t stream) {
   const auto launch = [&](auto kernel, int64_t team) {
     const int64_t teams = std::max<int64_t>(1, kBackwardTeamThreads / team);
     kernel<<<blocks, dim3(static_cast<unsigned>(team), static_cast<unsigned>(teams)), 0, stream>>>(args);
+    check_cuda("bias_dropout_residual_layer_norm backward", cudaGetLastError());
   };
-  if (groups <= kBackwardThreads<1>) {
-    launch(backward_kernel<T, kVector, 1>, up_to_warps(groups));
-  } else if (groups <= kMaxGroups) {
-    launch(backward_kernel<T, kVector, 2>, up_to_warps((groups + 1) / 2));
-  } else {
-    launch(backward_loop_kernel<T, kVector>, kLoopThreads);
+  if (groups <= kBackwardThreads<1>) return launch(backward_kernel<T, kVector, 1>, up_to_warps(groups));
+  if constexpr (kVector) {  // rows that aren't would need more registers than there are
+    if (groups <= kMaxGroups) return launch(backward_kernel<T, kVector, 2>, up_to_warps((groups + 1) / 2));
   }
-  check_cuda("bias_dropout_residual_layer_norm backward", cudaGetLastError());
+  launch(backward_loop_kernel<T, kVector>, kLoopThreads);
 }
 
 }  // namespace

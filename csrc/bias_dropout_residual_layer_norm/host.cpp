@@ -111,10 +111,11 @@ FASTBERT_CLONES void forward_rows(const Forward<T>& args, const float* weight, c
   }
 }
 
-// Rows first_row .. last_row - 1; their column sums are added to sums [kSums, cols], or null.
+// Rows first_row .. last_row - 1; their column sums are added to sums [kSums, cols].
 template <typename T>
-FASTBERT_CLONES void backward_rows(const Backward<T>& args, const float* weight, int64_t first_row, int64_t last_row,
-                                   RowDraws& row_draws, float* __restrict g, float* __restrict xhat, float* sums) {
+FASTBERT_CLONES void backward_rows(const Backward<T>& args, const float* __restrict weight, int64_t first_row,
+                                   int64_t last_row, RowDraws& row_draws, float* __restrict g, float* __restrict xhat,
+                                   float* sums) {
   const int64_t cols = args.cols;
   const float scale = args.dropout.scale;
   const auto threshold = static_cast<uint16_t>(args.dropout.threshold);
@@ -123,26 +124,23 @@ FASTBERT_CLONES void backward_rows(const Backward<T>& args, const float* weight,
   float* __restrict dln_bias = sums + 2 * cols;
 
   for (int64_t row = first_row; row < last_row; ++row) {
-    const T* dy = args.dy + row * cols;
-    const T* hidden = args.hidden + row * cols;
+    const T* __restrict dy = args.dy + row * cols;
+    const T* __restrict hidden = args.hidden + row * cols;
+    T* __restrict dresidual = args.dresidual + row * cols;
     const float mean = args.mean[row];
     const float rstd = args.rstd[row];
-    for (int64_t i = 0; i < cols; ++i) xhat[i] = normalise(to_float(hidden[i]), mean, rstd);
-    for (int64_t i = 0; i < cols; ++i) g[i] = to_float(dy[i]);
-    if (sums != nullptr) {
-      for (int64_t i = 0; i < cols; ++i) {
-        dweight[i] += g[i] * xhat[i];
-        dln_bias[i] += g[i];
-      }
+    for (int64_t i = 0; i < cols; ++i) {
+      xhat[i] = normalise(to_float(hidden[i]), mean, rstd);
+      dweight[i] += to_float(dy[i]) * xhat[i];
+      dln_bias[i] += to_float(dy[i]);
+      g[i] = to_float(dy[i]) * weight[i];
     }
-    for (int64_t i = 0; i < cols; ++i) g[i] *= weight[i];
     const float factor = rstd / static_cast<float>(cols);
     const float mean_g = factor * sum(cols, [=](int64_t i) { return g[i]; });
     const float mean_gxhat = factor * sum(cols, [=](int64_t i) { return g[i] * xhat[i]; });
-    for (int64_t i = 0; i < cols; ++i) g[i] = hidden_gradient(g[i], xhat[i], rstd, mean_g, mean_gxhat);
-    if (args.dresidual != nullptr) {
-      T* dresidual = args.dresidual + row * cols;
-      for (int64_t i = 0; i < cols; ++i) dresidual[i] = from_float<T>(g[i]);
+    for (int64_t i = 0; i < cols; ++i) {
+      g[i] = hidden_gradient(g[i], xhat[i], rstd, mean_g, mean_gxhat);
+      dresidual[i] = from_float<T>(g[i]);
     }
     if (row_draws.drops() && (args.dx != nullptr || args.dbias != nullptr)) {
       const uint16_t* draws = row_draws.of(row);
@@ -152,9 +150,7 @@ FASTBERT_CLONES void backward_rows(const Backward<T>& args, const float* weight,
       T* dx = args.dx + row * cols;
       for (int64_t i = 0; i < cols; ++i) dx[i] = from_float<T>(g[i]);
     }
-    if (sums != nullptr) {
-      for (int64_t i = 0; i < cols; ++i) dbias[i] += g[i];
-    }
+    for (int64_t i = 0; i < cols; ++i) dbias[i] += g[i];
   }
 }
 
@@ -165,20 +161,17 @@ void backward_partials(const Backward<T>& args, const float* weight, int64_t fir
   RowDraws row_draws(args.dropout, args.cols);
   const std::unique_ptr<float[]> g(new float[args.cols]);
   const std::unique_ptr<float[]> xhat(new float[args.cols]);
-  std::vector<float> sums(args.scratch == nullptr ? 0 : kSums * args.cols);
+  std::vector<float> sums(kSums * args.cols);
+  std::vector<float> partial(kSums * args.cols);
   for (int64_t block = first; block < last; ++block) {
     const int64_t end = std::min(args.rows, (block + 1) * rows);
-    if (args.scratch == nullptr) {
-      backward_rows(args, weight, block * rows, end, row_draws, g.get(), xhat.get(), nullptr);
-      continue;
-    }
-    float* partial = args.scratch + block * kSums * args.cols;
-    std::fill_n(partial, kSums * args.cols, 0.0f);
+    std::fill(partial.begin(), partial.end(), 0.0f);
     for (int64_t row = block * rows; row < end; row += kRowsPerSum) {
       std::fill(sums.begin(), sums.end(), 0.0f);
       backward_rows(args, weight, row, std::min(end, row + kRowsPerSum), row_draws, g.get(), xhat.get(), sums.data());
-      for (int64_t i = 0; i < kSums * args.cols; ++i) partial[i] += sums[i];
+      for (size_t i = 0; i < sums.size(); ++i) partial[i] += sums[i];
     }
+    if (args.scratch != nullptr) std::copy(partial.begin(), partial.end(), args.scratch + block * kSums * args.cols);
   }
 }
 

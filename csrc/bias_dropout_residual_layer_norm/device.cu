@@ -26,7 +26,9 @@ template <bool kVector, int kGroups>
 constexpr int kForwardBlocks = !kVector ? 1 : kGroups == 4 ? 2 : kGroups == 3 ? 6 : 8;
 
 // Backward: one group to a thread up to 2048 columns, then two; rows at once as many as make 64 bytes of loads a thread.
-constexpr int kBackwardTeamThreads = 128;  // of all teams of a block, where one has fewer
+// Narrow rows get several teams to a block, of so many threads in all that a multiprocessor holds four blocks at 80
+// registers: the 512 partials of 32768 rows are then in flight together on 128 multiprocessors.
+constexpr int kBackwardTeamThreads = 192;
 template <int kGroups>
 constexpr int kBackwardThreads = kGroups == 1 ? 256 : 512;
 template <bool kVector, int kGroups>
@@ -255,7 +257,7 @@ __global__ void __launch_bounds__(kForwardThreads<kGroups>, kForwardBlocks<kVect
 
 // Rows of any size, read three times.
 template <typename T, bool kVector>
-__global__ void __launch_bounds__(kLoopThreads) forward_loop_kernel(const Forward<T> args) {
+__global__ void __launch_bounds__(kLoopThreads, 2) forward_loop_kernel(const Forward<T> args) {
   __shared__ float lanes[2][kMaxWarps][1];
   const uint64_t seed = seed_of(args.dropout);
   const auto cols = static_cast<float>(args.cols);
@@ -416,7 +418,7 @@ __global__ void __launch_bounds__(kBackwardThreads<kGroups>, kBackwardBlocks<kVe
 
 // Rows of any size, read twice; the sums so far are kept in the scratch.
 template <typename T, bool kVector>
-__global__ void __launch_bounds__(kLoopThreads) backward_loop_kernel(const Backward<T> args) {
+__global__ void __launch_bounds__(kLoopThreads, 2) backward_loop_kernel(const Backward<T> args) {
   __shared__ float lanes[2][kMaxWarps][2];
   const uint64_t seed = seed_of(args.dropout);
   const int64_t first = blockIdx.x * rows_per_partial(args.rows);

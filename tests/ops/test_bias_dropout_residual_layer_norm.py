@@ -1,21 +1,45 @@
-"""LayerNorm(residual + dropout(x + bias)): sizes, probabilities, mixed dtypes."""
+"""LayerNorm(residual + dropout(x + bias)): sizes, probabilities, mixed dtypes, and the compiled kernels' masks."""
 
+import functools
+import itertools
+
+import parity
 import pytest
 import torch
 from ops import problems
 from ops.problems import EPS, bias_dropout_residual_layer_norm
 
 from fastbert import ops
+from fastbert.backends import extension, philox, select
 
-implementations = pytest.mark.parametrize("impl", bias_dropout_residual_layer_norm().implementations())
+IMPLEMENTATIONS = bias_dropout_residual_layer_norm().implementations()
+implementations = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+all_dtypes = pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
+needs_extension = pytest.mark.skipif(extension.missing() is not None, reason=str(extension.missing()))
 
 
-@pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
+def forward(problem, p, impl, seed=None, needs_backward=True):
+    """All results of the registered forward: out, hidden, mean, rstd."""
+    x, residual, weight, ln_bias = (problem.tensors[name] for name in ("x", "residual", "weight", "ln_bias"))
+    if seed is None:
+        seed = problems.seed_of(p, problems.SEED)
+    return torch.ops.fastbert.bias_dropout_residual_layer_norm(
+        x, problem.tensors.get("bias"), residual, weight, ln_bias, EPS, p, seed, needs_backward, impl
+    )
+
+
+@all_dtypes
 @pytest.mark.parametrize("p", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize("shape", [(3, 7), (2, 3, 312), (5, 768), (768,), (3, 1023)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 7), (2, 3, 312), (130, 768), (768,), (3, 1023)], ids=str)
 def test_sizes_case_26(shape, p, dtype):
     bias_dropout_residual_layer_norm(shape, dtype, p).check()
     bias_dropout_residual_layer_norm(shape, dtype, p, has_bias=False).check()
+
+
+@all_dtypes
+@pytest.mark.parametrize("hidden", [2049, 8192, 8200])
+def test_long_rows(hidden, dtype):
+    bias_dropout_residual_layer_norm((3, hidden), dtype).check()
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0, 8)], ids=str)
@@ -26,6 +50,97 @@ def test_empty_batch_case_11(shape):
 @pytest.mark.many_programs
 def test_more_than_65536_rows_case_20():
     bias_dropout_residual_layer_norm((65_537, 9)).check()
+
+
+@needs_extension
+@all_dtypes
+@pytest.mark.parametrize("p", [0.0, 1e-9, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (33, 1023), (64, 768), (70, 24)], ids=str)
+def test_compiled_hidden_is_the_oracle_s_bit_for_bit(shape, p, dtype):
+    problem = bias_dropout_residual_layer_norm(shape, dtype, p)
+    _, hidden, mean, rstd = forward(problem, p, "cpu")
+    _, expected_hidden, expected_mean, expected_rstd = forward(problem, p, "reference")
+    assert torch.equal(hidden, expected_hidden)
+    torch.testing.assert_close(mean, expected_mean, rtol=1e-5, atol=1e-6)
+    if shape[-1] > 1:
+        torch.testing.assert_close(rstd, expected_rstd, rtol=1e-5, atol=0.0)
+
+
+@implementations
+@all_dtypes
+@pytest.mark.parametrize("shape", [(5, 7), (33, 1023), (130, 24)], ids=str)
+def test_mask_of_the_backward_case_28(shape, dtype, impl):
+    p, seed = 0.5, torch.tensor([problems.SEED])
+    problem = bias_dropout_residual_layer_norm(shape, dtype, p)
+    _, hidden, mean, rstd = forward(problem, p, impl)
+    dresidual, dx, *_ = torch.ops.fastbert.bias_dropout_residual_layer_norm_bwd(
+        torch.randn(shape).to(dtype), hidden, problem.tensors["weight"], mean, rstd, p, seed, [True] * 3, impl
+    )
+    mask = philox.hidden_mask(seed, dx.shape, p)
+    assert torch.equal(dx != 0, mask & (dresidual != 0))
+    torch.testing.assert_close(dx, torch.where(mask, dresidual * philox.scale(p), 0.0), rtol=1e-2, atol=1e-6)
+
+
+@implementations
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_output_mask(p, impl):
+    """Every subset of the parameters' gradients is what it is among all of them, and empty where it isn't wanted."""
+    problem = bias_dropout_residual_layer_norm((70, 24), p=p)
+    _, hidden, mean, rstd = forward(problem, p, impl)
+    dy, seed = torch.randn(70, 24), problems.seed_of(p, problems.SEED)
+
+    def backward(output_mask):
+        return torch.ops.fastbert.bias_dropout_residual_layer_norm_bwd(
+            dy, hidden, problem.tensors["weight"], mean, rstd, p, seed, output_mask, impl
+        )
+
+    everything = backward([True, True, True])
+    assert everything[1].shape == ((70, 24) if p > 0.0 else (0,))
+    for output_mask in itertools.product([False, True], repeat=3):
+        gradients = backward(list(output_mask))
+        for gradient, expected, wanted in zip(gradients, everything, (True, True, *output_mask), strict=True):
+            assert torch.equal(gradient, expected) if wanted else gradient.shape == (0,)
+
+
+@implementations
+def test_without_a_backward_nothing_is_kept(impl):
+    problem = bias_dropout_residual_layer_norm((5, 24))
+    expected = forward(problem, 0.1, impl)[0]
+    output, *kept = forward(problem, 0.1, impl, needs_backward=False)
+    assert torch.equal(output, expected)
+    assert [x.shape for x in kept] == [(0,)] * 3
+    leaves = {name: x.requires_grad_() for name, x in problem.tensors.items()}
+    with torch.no_grad():
+        assert torch.equal(problem.actual(**leaves, impl=impl), expected)
+    with pytest.raises(RuntimeError, match="called with needs_backward=False"):
+        forward(problem, 0.1, impl, needs_backward=False)[0].sum().backward()
+
+
+def test_what_is_kept_for_the_backward():
+    """h, and two numbers a row: neither the mask nor x."""
+    problem = bias_dropout_residual_layer_norm((64, 768), torch.bfloat16)
+    leaves = {name: x.requires_grad_() for name, x in problem.tensors.items()}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda x: x):
+        problem.actual(**leaves)
+    parameters = {leaf.data_ptr() for leaf in leaves.values()}
+    sizes = [x.numel() * x.element_size() for x in kept if x.data_ptr() not in parameters]
+    assert sum(sizes) <= 64 * (768 * 2 + 8) + 8
+
+
+@needs_extension
+def test_result_does_not_depend_on_the_number_of_threads_case_31():
+    problem = bias_dropout_residual_layer_norm((3000, 131))
+    threads, results = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3, 7):
+            torch.set_num_threads(number)
+            output, gradients = parity.results(functools.partial(problem.actual, impl="cpu"), problem.tensors, None)
+            results.append([output, *gradients.values()])
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(left, right) for left, right in zip(result, results[0], strict=True))
 
 
 @implementations
@@ -67,6 +182,25 @@ def test_constant_row_case_21(dtype, impl):
     assert gradient.isfinite().all()
 
 
+def test_what_can_not_serve_case_44():
+    x, row = torch.randn(2, 8), torch.randn(8)
+    with pytest.raises(select.UnsupportedError, match="impl='cuda' can't serve this call: it runs on cuda"):
+        ops.bias_dropout_residual_layer_norm(x, None, x, row, row, EPS, impl="cuda")
+    x, row = x.double(), row.double()
+    with pytest.raises(select.UnsupportedError, match="it computes in float32, float16, bfloat16, and the dtype is"):
+        ops.bias_dropout_residual_layer_norm(x, None, x, row, row, EPS, impl="cpu")
+    assert ops.bias_dropout_residual_layer_norm(x, None, x, row, row, EPS).dtype == torch.float64
+
+
+def test_without_the_extension_case_44(monkeypatch):
+    monkeypatch.setattr(extension, "missing", lambda: "it was never built")
+    problem = bias_dropout_residual_layer_norm()
+    problem.check("composed")
+    assert torch.equal(problem.actual(**problem.tensors), problem.actual(**problem.tensors, impl="composed"))
+    with pytest.raises(select.UnsupportedError, match="it was never built"):
+        problem.actual(**problem.tensors, impl="cpu")
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -85,3 +219,143 @@ def test_arguments(change, error, message):
     arguments |= {name: torch.zeros(8) for name in ("bias", "weight", "ln_bias")} | change
     with pytest.raises(error, match=message):
         ops.bias_dropout_residual_layer_norm(**arguments, eps=EPS)
+
+
+def on_cuda(shape, dtype=torch.float32, p=0.1, has_bias=True):
+    """The problem with its tensors and incoming gradient on the GPU; call it where that is the default device, for its seed."""
+    problem = bias_dropout_residual_layer_norm(shape, dtype, p, has_bias)
+    problem.dy = torch.randn(shape).to(dtype).cuda()
+    problem.tensors = {name: x.cuda() for name, x in problem.tensors.items()}
+    return problem
+
+
+CUDA_SHAPES = [
+    (5, 7),
+    (300, 312),
+    (300, 384),
+    (2049, 768),
+    (33, 1023),
+    (257, 1024),
+    (65_537, 9),
+    (70, 2048),
+    (20, 3001),
+    (33, 4096),
+    (9, 8192),
+    (5, 8200),
+]
+
+
+@pytest.mark.gpu
+@all_dtypes
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
+def test_cuda_parity_case_20_and_26(shape, p, dtype):
+    for has_bias in (True, False):
+        problem = on_cuda(shape, dtype, p, has_bias)
+        with torch.device("cuda"):
+            problem.check("cuda")
+
+
+@pytest.mark.gpu
+@all_dtypes
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("shape", CUDA_SHAPES, ids=str)
+def test_cuda_hidden_is_the_oracle_s_bit_for_bit(shape, p, dtype):
+    problem = on_cuda(shape, dtype, p)
+    with torch.device("cuda"):
+        assert torch.equal(forward(problem, p, "cuda")[1], forward(problem, p, "reference")[1])
+
+
+@pytest.mark.gpu
+@all_dtypes
+@pytest.mark.parametrize("hidden", [768, 4096])
+def test_cuda_any_alignment_case_18(hidden, dtype):
+    problem = on_cuda((33, hidden), dtype)
+    for name, x in problem.tensors.items():
+        storage = x.new_empty(x.numel() + 1)
+        problem.tensors[name] = storage[1:].view(x.shape).copy_(x)
+    with torch.device("cuda"):
+        problem.check("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuda_parameters_in_float32(dtype):
+    problem = on_cuda((130, 768), dtype)
+    for name in ("weight", "ln_bias"):
+        problem.tensors[name] = problem.tensors[name].float()
+    with torch.device("cuda"):
+        output, gradients = parity.results(functools.partial(problem.actual, impl="cuda"), problem.tensors, problem.dy)
+        expected_output, expected = parity.results(
+            functools.partial(problem.actual, impl="reference"), problem.tensors, problem.dy
+        )
+    torch.testing.assert_close(output, expected_output)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.gpu
+def test_cuda_beyond_2_to_the_31_elements_case_19():
+    shape, p, seed = (2**21 + 1, 1031), 0.5, torch.tensor([problems.SEED], device="cuda")
+    x, ones = torch.ones(shape, dtype=torch.bfloat16, device="cuda"), torch.ones(1031, device="cuda")
+    arguments = (x, None, torch.zeros_like(x), ones.to(x.dtype), ones.to(x.dtype), EPS, p, seed, True, "cuda")
+    output, hidden, mean, rstd = torch.ops.fastbert.bias_dropout_residual_layer_norm(*arguments)
+    start = x.numel() - 4096
+    assert start > 2**31
+    kept = philox.hidden_draws(seed, 4096, start) < philox.threshold(p)
+    assert torch.equal(hidden.flatten()[start:] != 0, kept)
+    torch.testing.assert_close(
+        output[-2:], ops.layer_norm(hidden[-2:], *arguments[3:5], EPS, impl="reference"), rtol=1e-2, atol=1e-2
+    )
+    del x, arguments, output
+    dy = torch.randn(1031, device="cuda").to(hidden.dtype).expand(shape)
+    dresidual, dx, *_ = torch.ops.fastbert.bias_dropout_residual_layer_norm_bwd(
+        dy, hidden, ones.to(dy.dtype), mean, rstd, p, seed, [False] * 3, "cuda"
+    )
+    assert torch.equal(dx.flatten()[start:] != 0, kept & (dresidual.flatten()[start:] != 0))
+
+
+@pytest.mark.gpu
+def test_cuda_repeats_bit_for_bit_case_31():
+    problem = on_cuda((2049, 768), torch.bfloat16)
+    function = functools.partial(problem.actual, impl="cuda")
+    with torch.device("cuda"):
+        expected_output, expected = parity.results(function, problem.tensors, problem.dy)
+        for _ in range(200):
+            output, gradients = parity.results(function, problem.tensors, problem.dy)
+            assert torch.equal(output, expected_output)
+            assert all(torch.equal(gradients[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.gpu
+def test_cuda_current_stream_case_32():
+    problem = on_cuda((4096, 768), p=0.0)
+    x = problem.tensors["x"]
+    expected = forward(problem, 0.0, "cuda")
+    late = problem.tensors["x"] = torch.zeros_like(x)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)  # a kernel on another stream would read x before this is over
+        late.copy_(x)
+        results = forward(problem, 0.0, "cuda")
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, right) for result, right in zip(results, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_cuda_graph_draws_again_case_29():
+    """A replay reads the seed that is there then."""
+    problem, seed = on_cuda((64, 768)), torch.tensor([1], device="cuda")
+    call = functools.partial(forward, problem, 0.1, "cuda", seed)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()[1]
+    for value in (1, 2):
+        seed.fill_(value)
+        graph.replay()
+        assert torch.equal(captured, call()[1])

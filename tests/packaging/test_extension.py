@@ -59,6 +59,70 @@ def backward(dy: Tensor, seed: Tensor | None, num_threads: int = 2) -> tuple[Ten
     return dx, dbias
 
 
+def fused_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, ln_bias: Tensor, seed: Tensor | None, num_threads: int = 2
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """bias_dropout_residual_layer_norm without a bias: out, hidden, mean, rstd."""
+    p = 0.0 if seed is None else P
+    out, hidden = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+    mean, rstd = torch.full((2, x.shape[0]), torch.nan)
+    C.bias_dropout_residual_layer_norm_forward_host(
+        x=x.data_ptr(),
+        bias=0,
+        residual=residual.data_ptr(),
+        weight=weight.data_ptr(),
+        ln_bias=ln_bias.data_ptr(),
+        parameter_dtype=extension.dtype_code(weight.dtype),
+        eps=1e-12,
+        out=out.data_ptr(),
+        hidden=hidden.data_ptr(),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        rows=x.shape[0],
+        cols=x.shape[1],
+        dtype=extension.dtype_code(x.dtype),
+        seed=extension.address(seed),
+        threshold=philox.threshold(p),
+        scale=philox.scale(p),
+        num_threads=num_threads,
+    )
+    return out, hidden, mean, rstd
+
+
+def fused_backward(
+    dy: Tensor, hidden: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, seed: Tensor | None, num_threads: int = 2
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dresidual, dx, dbias, dweight, dln_bias."""
+    p = 0.0 if seed is None else P
+    rows, cols = dy.shape
+    dresidual, dx = torch.full_like(dy, torch.nan), torch.full_like(dy, torch.nan)
+    dbias = dy.new_full((cols,), torch.nan)
+    dweight, dln_bias = weight.new_full((cols,), torch.nan), weight.new_full((cols,), torch.nan)
+    scratch = torch.full((C.bias_dropout_residual_layer_norm_backward_scratch(rows, cols),), torch.nan)
+    C.bias_dropout_residual_layer_norm_backward_host(
+        dy=dy.data_ptr(),
+        hidden=hidden.data_ptr(),
+        weight=weight.data_ptr(),
+        parameter_dtype=extension.dtype_code(weight.dtype),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        dresidual=dresidual.data_ptr(),
+        dx=dx.data_ptr(),
+        dbias=dbias.data_ptr(),
+        dweight=dweight.data_ptr(),
+        dln_bias=dln_bias.data_ptr(),
+        scratch=scratch.data_ptr(),
+        rows=rows,
+        cols=cols,
+        dtype=extension.dtype_code(dy.dtype),
+        seed=extension.address(seed),
+        threshold=philox.threshold(p),
+        scale=philox.scale(p),
+        num_threads=num_threads,
+    )
+    return dresidual, dx, dbias, dweight, dln_bias
+
+
 def test_build_info() -> None:
     info = C.build_info()
     assert info["version"] == fastbert.__version__
@@ -138,6 +202,42 @@ def test_agrees_with_torch_bit_for_bit(shape: tuple[int, int], dtype: torch.dtyp
     torch.testing.assert_close(dbias.double(), exact.sum(0), rtol=torch.finfo(dtype).eps, atol=1e-5)
 
 
+@pytest.mark.parametrize("parameter_dtype", [torch.float32, None], ids=["float32-parameters", "same-parameters"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 5), (2, 1023), (64, 13), (129, 768), (700, 24)])
+def test_fused_agrees_with_torch(
+    shape: tuple[int, int], dtype: torch.dtype, parameter_dtype: torch.dtype | None
+) -> None:
+    x, residual, dy = torch.randn(3, *shape).to(dtype)
+    weight, ln_bias = torch.randn(2, shape[1]).to(parameter_dtype or dtype)
+    seed = torch.tensor(2**40 + 3)
+    mask = philox.hidden_mask(seed, x.shape, P)
+    out, hidden, mean, rstd = fused_forward(x, residual, weight, ln_bias, seed)
+    expected = (residual.float() + torch.where(mask, x.float() * philox.scale(P), 0.0)).to(dtype)
+    assert torch.equal(hidden, expected)
+    leaves = [x.double().requires_grad_() for x in (hidden, weight, ln_bias)]
+    exact = torch.nn.functional.layer_norm(leaves[0], shape[1:], *leaves[1:], 1e-12)
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), exact, rtol=step, atol=1e-5)
+    torch.testing.assert_close(mean.double(), leaves[0].mean(1), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rstd.double(), leaves[0].var(1, correction=0).rsqrt(), rtol=1e-5, atol=0.0)
+    dhidden, dweight, dln_bias = torch.autograd.grad(exact, leaves, dy.double())
+    dx = torch.where(mask, dhidden * philox.scale(P), 0.0)
+    results = fused_backward(dy, hidden, weight, mean, rstd, seed)
+    for result, truth in zip(results, (dhidden, dx, dx.sum(0), dweight, dln_bias), strict=True):
+        torch.testing.assert_close(result.double(), truth, rtol=step, atol=2e-5)
+
+
+def test_fused_result_does_not_depend_on_the_number_of_threads() -> None:
+    x, seed, row = torch.randn(3000, 131), torch.tensor(5), torch.randn(131)
+    results = []
+    for threads in (1, 2, 3, 7):
+        out, *kept = fused_forward(x, x.flip(0), row, row, seed, threads)
+        results.append([out, *kept, *fused_backward(x, kept[0], row, kept[1], kept[2], seed, threads)])
+    for result in results[1:]:
+        assert all(torch.equal(left, right) for left, right in zip(result, results[0], strict=True))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_any_alignment(dtype: torch.dtype) -> None:
     x, residual = torch.randn(9 * 24 + 3).to(dtype), torch.randn(9 * 24 + 3).to(dtype)
@@ -171,6 +271,10 @@ def test_nothing_to_do() -> None:
     _, dbias = backward(torch.empty(0, 24), None)
     assert torch.equal(dbias, torch.zeros(24))
     assert forward(torch.empty(3, 0), None, torch.empty(3, 0), None).shape == (3, 0)
+    none, row = torch.empty(0, 24), torch.ones(24)
+    out, hidden, mean, rstd = fused_forward(none, none, row, row, None)
+    assert out.shape == (0, 24)
+    assert all(torch.equal(sums, torch.zeros(24)) for sums in fused_backward(none, hidden, row, mean, rstd, None)[2:])
 
 
 @pytest.mark.parametrize(
@@ -196,6 +300,38 @@ def test_bad_arguments(change: dict[str, int], message: str) -> None:
         C.bias_dropout_residual_forward_host(**(arguments | change), scale=1.0)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(({name: 0}, f"{name} is a null address") for name in ("dy", "hidden", "weight", "mean", "rstd")),
+        ({"dresidual": 0}, "dresidual is a null address"),
+        ({"scratch": 0}, "scratch is a null address"),
+        ({"cols": -1}, "cols is -1; it may be 0 or more"),
+        ({"parameter_dtype": 2}, "parameter_dtype is 2; it may be dtype or FLOAT32"),
+        ({"dtype": 3, "parameter_dtype": 3}, "dtype is 3; it may be FLOAT32, FLOAT16 or BFLOAT16"),
+        ({"threshold": 65535}, "seed is a null address"),
+        ({"num_threads": 0}, "num_threads is 0; it may be 1 or more"),
+    ],
+)
+def test_bad_arguments_of_the_fused_backward(change: dict[str, int], message: str) -> None:
+    x = torch.ones(2, 8)
+    names = ("dy", "hidden", "weight", "mean", "rstd", "dresidual", "dx", "dbias", "dweight", "dln_bias", "scratch")
+    arguments = dict.fromkeys(names, x.data_ptr()) | {"rows": 2, "cols": 8, "dtype": C.FLOAT32, "num_threads": 1}
+    arguments |= {"parameter_dtype": C.FLOAT32, "seed": 0, "threshold": 65536} | change
+    with pytest.raises(ValueError, match=message):
+        C.bias_dropout_residual_layer_norm_backward_host(**arguments, scale=1.0)
+
+
+@pytest.mark.parametrize("name", ["x", "residual", "weight", "ln_bias", "out"])
+def test_null_addresses_of_the_fused_forward(name: str) -> None:
+    x = torch.ones(2, 8)
+    arguments = dict.fromkeys(("x", "residual", "weight", "ln_bias", "out"), x.data_ptr()) | {name: 0}
+    arguments |= dict.fromkeys(("bias", "hidden", "mean", "rstd", "seed"), 0) | {"rows": 2, "cols": 8}
+    arguments |= {"parameter_dtype": C.FLOAT32, "dtype": C.FLOAT32, "threshold": 65536, "num_threads": 1}
+    with pytest.raises(ValueError, match=f"{name} is a null address"):
+        C.bias_dropout_residual_layer_norm_forward_host(**arguments, eps=1e-12, scale=1.0)
+
+
 def test_unknown_dtype() -> None:
     with pytest.raises(TypeError, match=r"dtype is torch\.float64; fastbert\._C computes in torch\.float32"):
         extension.dtype_code(torch.float64)
@@ -208,3 +344,11 @@ def test_cuda_errors_are_raised() -> None:
     assert C.device_error()
     with pytest.raises(RuntimeError, match="cudaError"):
         C.bias_dropout_residual_backward_device(16, 16, 16, 16, 1, 8, C.FLOAT32, 0, 65536, 1.0, 0)
+    with pytest.raises(RuntimeError, match="bias_dropout_residual_layer_norm forward: cudaError"):
+        C.bias_dropout_residual_layer_norm_forward_device(
+            16, 0, 16, 16, 16, C.FLOAT32, 1e-12, 16, 0, 0, 0, 1, 8, C.FLOAT32, 0, 65536, 1.0, 0
+        )
+    with pytest.raises(RuntimeError, match="bias_dropout_residual_layer_norm backward: cudaError"):
+        C.bias_dropout_residual_layer_norm_backward_device(
+            16, 16, 16, C.FLOAT32, 16, 16, 16, 0, 0, 0, 0, 0, 1, 8, C.FLOAT32, 0, 65536, 1.0, 0
+        )

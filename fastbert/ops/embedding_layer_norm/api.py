@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fastbert.backends import checks, select
 from fastbert.ops.embedding_layer_norm import schema  # noqa: F401  registers the op
 
+
+def _triton_reasons(request: select.Request) -> Iterator[str]:
+    yield from select.needs_triton(request)
+    yield from select.needs_dtype(request, torch.float32, torch.float16, torch.bfloat16)
+
+
 _MODULE = "fastbert.ops.embedding_layer_norm"
 TABLE = select.Table(
     "embedding_layer_norm",
     (
+        select.Implementation("triton", f"{_MODULE}.triton", _triton_reasons),
         select.Implementation("torch", f"{_MODULE}.torch", select.nothing),
         select.Implementation("reference", f"{_MODULE}.reference", select.nothing),
     ),
@@ -38,7 +47,8 @@ def embedding_layer_norm(
 
     Args:
         input_ids, position_ids, token_type_ids: ``[T]``, int32 or int64, rows of the three tables. On a CPU an id out
-            of range raises IndexError; on a GPU it is an assertion of the device, or undefined.
+            of range raises IndexError; on a GPU it is an assertion of the device, or undefined, as in Triton's
+            interpreter.
         word, position, token_type: ``[V, H]``, ``[P, H]``, ``[N, H]``, any floating dtype; each gets its gradient,
             in which ids may repeat, in its own, and it is deterministic.
         weight, bias: ``[H]``, any floating dtype; each gets its gradient in its own.
@@ -47,7 +57,7 @@ def embedding_layer_norm(
         seed: int64 with one element, on the device of ``word``; None draws one from torch's default generator.
         padding_idx: the row of ``word`` that gets no gradient, counted from the end when negative, as in
             ``torch.nn.Embedding``; None: every row gets one.
-        impl: "torch", "reference", or None for the first of them that can serve the call.
+        impl: "triton", "torch", "reference", or None for the first of them that can serve the call.
 
     Returns:
         ``[T, H]``, contiguous, in the dtype that the three tables promote to.

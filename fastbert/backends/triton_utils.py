@@ -1,4 +1,4 @@
-"""What the Triton kernels share: their dropout draws and facts about the device.
+"""What the Triton kernels share: products, the normal distribution, dropout draws and facts about the device.
 
 Only modules with kernels import this file, so that everything else works without Triton. ``backends/philox.py`` is the
 oracle of the draws.
@@ -20,6 +20,7 @@ from torch import Tensor
 jit: Any = triton.jit
 
 DRAWS_PER_CALL = tl.constexpr(8)
+_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @jit
@@ -58,6 +59,30 @@ def attention_keep(seed, sequence, head, query, key_group, threshold):
     c3 = zero + sequence.to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
     return _halves(w0, w1, w2, w3).to(tl.int32) < threshold
+
+
+@jit
+def dot(a, b, sums, PRECISION: tl.constexpr):
+    """``a @ b + sums`` with float32 ``sums``; ``PRECISION``, "ieee" or "tf32", is that of float32 inputs."""
+    if _INTERPRETED:  # the interpreter multiplies bfloat16 numbers as the integers that have their bits
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision=PRECISION)
+
+
+@jit
+def normal(x, TANH: tl.constexpr):
+    """(Phi(x), Phi'(x)) of the normal distribution, or of its approximation (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)).
+
+    GELU is ``x * Phi(x)``. The approximation comes from the exponential of -2 |u|, which never overflows; no digits
+    cancel in 1 - Phi.
+    """
+    if TANH:
+        u2 = 1.5957691216057308 * x * (1.0 + 0.044715 * x * x)
+        e = tl.exp(-tl.abs(u2))
+        share = 1.0 / (1.0 + e)
+        phi = tl.where(u2 > 0, share, e * share)
+        return phi, e * share * share * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+    return 0.5 * (1.0 + tl.erf(0.7071067811865476 * x)), 0.3989422804014327 * tl.exp(-0.5 * x * x)
 
 
 def interpreted() -> bool:

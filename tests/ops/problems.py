@@ -162,7 +162,7 @@ def linear_gelu(
         "linear_gelu",
         tensors,
         lambda x, weight, bias=None, impl=None: ops.linear_gelu(x, weight, bias, approximate=approximate, impl=impl),
-        lambda x, weight, bias=None: linear_gelu_reference.forward(x, weight, bias, approximate)[0],
+        lambda x, weight, bias=None: linear_gelu_reference.forward(x, weight, bias, approximate, True)[0],
         lambda x, weight, bias=None: F.gelu(F.linear(x, weight, bias), approximate=approximate),
     )
 

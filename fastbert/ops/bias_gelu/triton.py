@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.backends.triton_utils import jit, rows_of
+from fastbert.backends.triton_utils import jit, normal, rows_of
 
 # One block of threads: rows times columns, eight elements a thread in one row.
 _ROWS = 4
@@ -28,32 +28,18 @@ _PARTIALS = 256
 
 
 @jit
-def _normal(h, TANH: tl.constexpr):
-    """(Phi(h), Phi'(h)) of the normal distribution, or of its approximation (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)).
-
-    The latter comes from the exponential of -2 |u|, which never overflows; no digits cancel in 1 - Phi.
-    """
-    if TANH:
-        u2 = 1.5957691216057308 * h * (1.0 + 0.044715 * h * h)
-        e = tl.exp(-tl.abs(u2))
-        share = 1.0 / (1.0 + e)
-        phi = tl.where(u2 > 0, share, e * share)
-        return phi, e * share * share * 1.5957691216057308 * (1.0 + 0.134145 * h * h)
-    return 0.5 * (1.0 + tl.erf(0.7071067811865476 * h)), 0.3989422804014327 * tl.exp(-0.5 * h * h)
-
-
-@jit
 def forward_kernel(
     x_ptr, stride_x, bias_ptr, y_ptr, rows, columns,
-    TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    TANH: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A block ``[ROWS, COLUMNS]`` of y."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
-    bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    h = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0).to(tl.float32) + bias
-    phi, _ = _normal(h, TANH)
+    h = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        h += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    phi, _ = normal(h, TANH)
     y = h * phi
     tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
@@ -61,19 +47,23 @@ def forward_kernel(
 @jit
 def backward_kernel(
     dy_ptr, stride_dy, x_ptr, stride_x, bias_ptr, dx_ptr, partial_ptr, rows, columns,
-    TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_SUM: tl.constexpr,
+    TANH: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    NEEDS_DX: tl.constexpr, NEEDS_SUM: tl.constexpr,
 ):  # fmt: skip
     """Every ``programs``-th group of rows in one block of columns: dx, and a row of partial ``[programs, columns]``."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     dbias = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     for start in range(program * ROWS, rows, programs * ROWS):
         row = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
         inside = (row < rows) & (column < columns)
         dy = tl.load(dy_ptr + row * stride_dy + column, mask=inside, other=0.0).to(tl.float32)
-        h = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0).to(tl.float32) + bias
-        phi, density = _normal(h, TANH)
+        h = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            h += bias
+        phi, density = normal(h, TANH)
         dx = dy * (phi + h * density)
         if NEEDS_DX:
             tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
@@ -84,8 +74,8 @@ def backward_kernel(
         tl.store(partial_ptr + program.to(tl.int64) * columns + column, total, mask=column < columns)
 
 
-def forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    """gelu(x + bias): ``[..., I]``."""
+def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """gelu(x + bias): ``[..., I]``; a ``bias`` of None, which ``linear_gelu`` passes, is zero."""
     columns = x.shape[-1]
     y = x.new_empty(x.shape)
     if y.numel() == 0:
@@ -93,14 +83,16 @@ def forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
     flat = rows_of(x)
     grid = (triton.cdiv(flat.shape[0], _ROWS), triton.cdiv(columns, _COLUMNS))
     forward_kernel[grid](
-        flat, flat.stride(0), bias.contiguous(), y, flat.shape[0], columns,
-        TANH=approximate == "tanh", ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS,
+        flat, flat.stride(0), flat if bias is None else bias.contiguous(), y, flat.shape[0], columns,
+        TANH=approximate == "tanh", HAS_BIAS=bias is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS,
     )  # fmt: skip
     return y
 
 
-def backward(dy: Tensor, x: Tensor, bias: Tensor, approximate: str, output_mask: list[bool]) -> tuple[Tensor, Tensor]:
-    """(dx ``[..., I]``, dbias ``[I]``), ``[0]`` where ``output_mask`` leaves one out."""
+def backward(
+    dy: Tensor, x: Tensor, bias: Tensor | None, approximate: str, output_mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """(dx ``[..., I]``, dbias ``[I]``), ``[0]`` where ``output_mask`` leaves one out; with a ``bias`` of None too."""
     needs_dx, needs_sum = output_mask
     columns = x.shape[-1]
     flat_dy, flat_x = rows_of(dy), rows_of(x)
@@ -110,8 +102,10 @@ def backward(dy: Tensor, x: Tensor, bias: Tensor, approximate: str, output_mask:
     partial = x.new_empty((programs, columns if needs_sum else 0), dtype=torch.float32)
     if x.numel() > 0 and (needs_dx or needs_sum):
         backward_kernel[programs, triton.cdiv(columns, _COLUMNS)](
-            flat_dy, flat_dy.stride(0), flat_x, flat_x.stride(0), bias.contiguous(), dx, partial, rows, columns,
-            TANH=approximate == "tanh", ROWS=_ROWS, COLUMNS=_COLUMNS, NEEDS_DX=needs_dx, NEEDS_SUM=needs_sum,
-            num_warps=_WARPS,
+            flat_dy, flat_dy.stride(0), flat_x, flat_x.stride(0), flat_x if bias is None else bias.contiguous(),
+            dx, partial, rows, columns,
+            TANH=approximate == "tanh", HAS_BIAS=bias is not None, ROWS=_ROWS, COLUMNS=_COLUMNS,
+            NEEDS_DX=needs_dx, NEEDS_SUM=needs_sum, num_warps=_WARPS,
         )  # fmt: skip
-    return dx, partial.sum(0).to(bias.dtype) if needs_sum else bias.new_empty(0)
+    dtype = x.dtype if bias is None else bias.dtype
+    return dx, partial.sum(0).to(dtype) if needs_sum else x.new_empty(0, dtype=dtype)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fastbert.backends import checks, select
 from fastbert.ops.linear_gelu import schema  # noqa: F401  registers the op
 
+
+def _triton_reasons(request: select.Request) -> Iterator[str]:
+    yield from select.needs_triton(request)
+    yield from select.needs_dtype(request, torch.float32, torch.float16, torch.bfloat16)
+
+
 _MODULE = "fastbert.ops.linear_gelu"
 TABLE = select.Table(
     "linear_gelu",
     (
+        select.Implementation("by_shape", f"{_MODULE}.by_shape", _triton_reasons),
+        select.Implementation("triton", f"{_MODULE}.triton", _triton_reasons),
+        select.Implementation("cublas_triton", f"{_MODULE}.cublas_triton", _triton_reasons),
         select.Implementation("torch", f"{_MODULE}.torch", select.nothing),
         select.Implementation("reference", f"{_MODULE}.reference", select.nothing),
     ),
@@ -23,7 +34,7 @@ def linear_gelu(
 ) -> Tensor:
     """``gelu(x @ weight.T + bias)``, GELU as in Hendrycks & Gimpel, arXiv:1606.08415.
 
-    Keeps the input of the GELU for the backward pass, and not its output. Under autocast ``x``, ``weight`` and
+    Keeps the input of the GELU for the backward pass, if there will be one, and not its output. Under autocast ``x``, ``weight`` and
     ``bias`` are cast to the autocast dtype first, as ``torch.nn.functional.linear`` does.
 
     Args:
@@ -31,7 +42,8 @@ def linear_gelu(
         weight: ``[I, H]``.
         bias: ``[I]``, or None.
         approximate: "none" (by the error function) or "tanh".
-        impl: "torch", "reference", or None for the first of them that can serve the call.
+        impl: "by_shape" (CUDA; the next two by what was measured), "triton" (CUDA, one kernel), "cublas_triton" (CUDA,
+            two), "torch", "reference", or None for the first of them that can serve the call.
 
     Returns:
         ``[..., I]``, contiguous, in the dtype that ``x`` and ``weight`` promote to, or under autocast in its dtype.
@@ -55,5 +67,9 @@ def linear_gelu(
         dtype = torch.promote_types(x.dtype, weight.dtype)
     chosen = TABLE.choose(impl, select.Request(device, dtype))
     bias = None if bias is None else bias.to(dtype)
-    output: Tensor = torch.ops.fastbert.linear_gelu(x.to(dtype), weight.to(dtype), bias, approximate, chosen)[0]
+    x, weight = x.to(dtype), weight.to(dtype)
+    needs_hidden = torch.is_grad_enabled() and any(
+        argument is not None and argument.requires_grad for argument in (x, weight, bias)
+    )
+    output: Tensor = torch.ops.fastbert.linear_gelu(x, weight, bias, approximate, needs_hidden, chosen)[0]
     return output

@@ -8,7 +8,7 @@ section 2), and ``h = x Wᵀ + b``::
 
 ===========  ==========================================================================
 computes in  float32 for 16-bit inputs, otherwise the dtype of ``x``
-saves        h ``[..., I]``, in the dtype of ``x``
+saves        h ``[..., I]``, in the dtype of ``x``, where a gradient will be wanted
 supports     every device, floating dtype, size and stride
 ===========  ==========================================================================
 """
@@ -20,14 +20,17 @@ from torch import Tensor
 from fastbert.ops import formulas
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
-    """(gelu(h) ``[..., I]``, h ``[..., I]``)."""
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, needs_hidden: bool
+) -> tuple[Tensor, Tensor]:
+    """(gelu(h) ``[..., I]``, h ``[..., I]``, or ``[0]`` where it isn't needed)."""
     dtype = formulas.compute_dtype(x.dtype)
     hidden = x.to(dtype).reshape(-1, x.shape[-1]) @ weight.to(dtype).T
     if bias is not None:
         hidden = hidden + bias.to(dtype)
     hidden = hidden.view(*x.shape[:-1], weight.shape[0])
-    return formulas.gelu(hidden, approximate).to(x.dtype), hidden.to(x.dtype)
+    y = formulas.gelu(hidden, approximate).to(x.dtype)
+    return y, hidden.to(x.dtype) if needs_hidden else x.new_empty(0)
 
 
 def backward(

@@ -9,10 +9,12 @@ from torch import Tensor
 _aten = torch.ops.aten
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str) -> tuple[Tensor, Tensor]:
-    """(gelu(h) ``[..., I]``, h ``[..., I]``)."""
+def forward(
+    x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str, needs_hidden: bool
+) -> tuple[Tensor, Tensor]:
+    """(gelu(h) ``[..., I]``, h ``[..., I]``, or ``[0]`` where it isn't needed)."""
     hidden = F.linear(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], weight.shape[0])
-    return F.gelu(hidden, approximate=approximate), hidden
+    return F.gelu(hidden, approximate=approximate), hidden if needs_hidden else x.new_empty(0)
 
 
 def backward(

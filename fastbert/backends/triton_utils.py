@@ -1,4 +1,4 @@
-"""What the Triton kernels share: products, the normal distribution, dropout draws and facts about the device.
+"""What the Triton kernels share: dropout draws, products, the normal distribution and facts about the device.
 
 Only modules with kernels import this file, so that everything else works without Triton. ``backends/philox.py`` is the
 oracle of the draws.
@@ -20,7 +20,6 @@ from torch import Tensor
 jit: Any = triton.jit
 
 DRAWS_PER_CALL = tl.constexpr(8)
-_INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
 @jit
@@ -62,14 +61,6 @@ def attention_keep(seed, sequence, head, query, key_group, threshold):
 
 
 @jit
-def dot(a, b, sums, PRECISION: tl.constexpr):
-    """``a @ b + sums`` with float32 ``sums``; ``PRECISION``, "ieee" or "tf32", is that of float32 inputs."""
-    if _INTERPRETED:  # the interpreter multiplies bfloat16 numbers as the integers that have their bits
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, sums, input_precision=PRECISION)
-
-
-@jit
 def normal(x, TANH: tl.constexpr):
     """(Phi(x), Phi'(x)) of the normal distribution, or of its approximation (1 + tanh(u)) / 2 = 1 / (1 + exp(-2 u)).
 
@@ -96,19 +87,36 @@ def capability() -> int:
 
 
 @jit
+def _tf32(x):
+    """``x`` rounded to TF32, ties away from zero."""
+    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b`` in float32; ``acc`` may be None, ``PRECISION`` is that of ``dot_precision``."""
-    if PRECISION == "interpreted":  # whose product takes bfloat16 for integers
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    if PRECISION == "interpreted":
+        if a.dtype == tl.float32:  # what the compiler makes of tf32x3
+            a_high, b_high = _tf32(a), _tf32(b)
+            acc = tl.dot(_tf32(a - a_high), b_high, acc)
+            acc = tl.dot(a_high, _tf32(b - b_high), acc)
+            return tl.dot(a_high, b_high, acc)
+        else:  # the interpreter's product takes bfloat16 for integers
+            return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 def dot_precision() -> str:
-    """How ``dot`` multiplies float32: "ieee", or "tf32" where torch allows it in matrix products."""
+    """How ``dot`` multiplies float32: by "tf32" where torch allows it in matrix products, otherwise by "tf32x3".
+
+    The latter splits each number into two of TF32, which differ from it by at most half a unit of its last place, and
+    adds up three of their four products on the tensor cores (Ootomo and Yokota, arXiv:2203.03341). Products that aren't
+    split would leave the tensor cores, and Triton then holds their operands in registers, where they don't fit.
+    """
     if interpreted():
         return "interpreted"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def pieces(size: int) -> tuple[int, int]:

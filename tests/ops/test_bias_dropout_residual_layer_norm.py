@@ -222,7 +222,7 @@ def test_arguments(change, error, message):
 
 
 def on_cuda(shape, dtype=torch.float32, p=0.1, has_bias=True):
-    """The problem with its tensors and incoming gradient on the GPU; call it where that is the default device, for its seed."""
+    """The problem with its tensors and incoming gradient on the GPU, where its seed is made too: the default device."""
     problem = bias_dropout_residual_layer_norm(shape, dtype, p, has_bias)
     problem.dy = torch.randn(shape).to(dtype).cuda()
     problem.tensors = {name: x.cuda() for name, x in problem.tensors.items()}

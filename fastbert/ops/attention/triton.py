@@ -38,6 +38,9 @@ from fastbert.backends.triton_utils import attention_keep, dot, dot_precision, j
 # The longest sequence that one program takes whole, by bytes of an element: beyond it registers run out.
 _SHORT = {2: 128, 4: 64}
 
+# Numbers that change from batch to batch: a kernel isn't compiled again for them.
+_COUNTS = ("rows", "heads", "sequences", "steps", "slots", "threshold")
+
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -131,7 +134,7 @@ def _attend(
     return acc, m_new, total
 
 
-@jit
+@jit(do_not_specialize=_COUNTS)
 def forward_kernel(
     qkv_ptr, stride_row, stride_part, stride_head, cu_seqlens_ptr, out_ptr, lse_ptr, seed_ptr,
     rows, heads, sequences, steps, slots, scale, threshold, kept_scale,
@@ -178,7 +181,7 @@ def forward_kernel(
         tl.store(head_lse_ptr + spare_row, tl.zeros([BLOCK_M], tl.float32), mask=spare_row < rows)
 
 
-@jit
+@jit(do_not_specialize=_COUNTS)
 def backward_short_kernel(
     dout_ptr, stride_dout, stride_dout_head, qkv_ptr, stride_row, stride_part, stride_head, cu_seqlens_ptr, dqkv_ptr,
     seed_ptr, rows, heads, sequences, steps, slots, scale, threshold, kept_scale,
@@ -251,7 +254,7 @@ def _dq_block(
     return dot(ds.to(k.dtype), k, dq, PRECISION)
 
 
-@jit
+@jit(do_not_specialize=_COUNTS)
 def backward_dq_kernel(
     dout_ptr, stride_dout, stride_dout_head, qkv_ptr, stride_row, stride_part, stride_head, out_ptr, lse_ptr,
     cu_seqlens_ptr, dqkv_ptr, delta_ptr, seed_ptr,
@@ -298,7 +301,7 @@ def backward_dq_kernel(
     _clear(dq_ptr, 3 * heads * D, cu_seqlens_ptr, rows, sequences, slot, slots, column, BLOCK_M, D, BLOCK_D)
 
 
-@jit
+@jit(do_not_specialize=_COUNTS)
 def backward_dkv_kernel(
     dout_ptr, stride_dout, stride_dout_head, qkv_ptr, stride_row, stride_part, stride_head, lse_ptr, delta_ptr,
     cu_seqlens_ptr, dqkv_ptr, seed_ptr,

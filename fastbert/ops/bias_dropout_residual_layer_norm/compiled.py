@@ -25,7 +25,7 @@ def forward(
     seed: Tensor | None,
     needs_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y ``[..., H]``, h ``[..., H]``, mean ``[..., 1]``, rstd ``[..., 1]``), the last three ``[0]`` without a backward.
+    """(y, h, each ``[..., H]``, mean, rstd, each ``[..., 1]``), the last three ``[0]`` without a backward.
 
     ``runner`` is the number of threads of the host build and the stream of the device build.
     """

@@ -26,7 +26,7 @@ def forward(
     seed: Tensor | None,
     needs_backward: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y ``[..., H]``, h ``[..., H]``, mean ``[..., 1]``, rstd ``[..., 1]``), the last three ``[0]`` without a backward."""
+    """(y, h, each ``[..., H]``, mean, rstd, each ``[..., 1]``), the last three ``[0]`` without a backward."""
     hidden = _best("bias_dropout_residual", x, p).forward(x, bias, residual, p, seed)
     y, mean, rstd = _best("layer_norm", hidden).forward(hidden, weight, ln_bias, eps)
     if not needs_backward:

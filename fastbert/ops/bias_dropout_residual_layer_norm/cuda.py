@@ -6,9 +6,9 @@ up to 8192; longer ones are read three times.
 
 Backward: reads dy and h once and writes dresidual and, with dropout, dx: 6 or 8 bytes an element of a 16-bit type. A
 block has up to 64 consecutive rows, fewer where there are fewer than 32768, and writes their part of dbias, dweight and
-dln_bias: 3 floats a column, 2 to 3% of the traffic at 64 rows; a second kernel adds the parts up. The order of every sum
-depends on the shape and the dtype alone. The mask is drawn again, and h is what the forward stored. Rows of more than
-8192 columns, or of more than 2048 where they can't be read 16 bytes at a time, are read twice.
+dln_bias: 3 floats a column, 2 to 3% of the traffic at 64 rows; a second kernel adds the parts up. The order of every
+sum depends on the shape and the dtype alone. The mask is drawn again, and h is what the forward stored. Rows of more
+than 8192 columns, or of more than 2048 where they can't be read 16 bytes at a time, are read twice.
 """
 
 from __future__ import annotations

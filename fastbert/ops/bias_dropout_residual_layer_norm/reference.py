@@ -36,7 +36,7 @@ def forward(
     seed: Tensor | None,
     needs_backward: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y ``[..., H]``, h ``[..., H]``, mean ``[..., 1]``, rstd ``[..., 1]``), the last three ``[0]`` without a backward."""
+    """(y, h, each ``[..., H]``, mean, rstd, each ``[..., 1]``), the last three ``[0]`` without a backward."""
     dtype = formulas.compute_dtype(x.dtype)
     branch = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
     hidden = (residual.to(dtype) + philox.hidden_dropout(branch, p, seed)).to(x.dtype)

@@ -27,7 +27,7 @@ _WARPS = 4
 _PARTIALS = 256
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def forward_kernel(
     x_ptr, stride_x, bias_ptr, y_ptr, rows, columns,
     TANH: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -44,7 +44,7 @@ def forward_kernel(
     tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def backward_kernel(
     dy_ptr, stride_dy, x_ptr, stride_x, bias_ptr, dx_ptr, partial_ptr, rows, columns,
     TANH: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -30,7 +30,7 @@ _ROWS = 4
 _PARTIALS = 512
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def forward_kernel(
     x_ptr, stride_x, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, rows, eps,
     H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
@@ -66,7 +66,7 @@ def forward_kernel(
         tl.store(y_ptr + row[:, None] * H + rest, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def backward_kernel(
     dy_ptr, stride_dy, x_ptr, stride_x, weight_ptr, mean_ptr, rstd_ptr, dx_ptr, partial_ptr, rows,
     H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,

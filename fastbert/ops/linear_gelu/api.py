@@ -34,8 +34,8 @@ def linear_gelu(
 ) -> Tensor:
     """``gelu(x @ weight.T + bias)``, GELU as in Hendrycks & Gimpel, arXiv:1606.08415.
 
-    Keeps the input of the GELU for the backward pass, if there will be one, and not its output. Under autocast ``x``, ``weight`` and
-    ``bias`` are cast to the autocast dtype first, as ``torch.nn.functional.linear`` does.
+    Keeps the input of the GELU for the backward pass, if there will be one, and not its output. Under autocast ``x``,
+    ``weight`` and ``bias`` are cast to the autocast dtype first, as ``torch.nn.functional.linear`` does.
 
     Args:
         x: ``[..., H]``, any floating dtype and strides.

@@ -12,48 +12,24 @@ saves      h = x Wᵀ + b in the dtype of x, and only where a gradient needs it;
 backward   reads dy and h, writes dh, sums dh over rows in a fixed order; dx and dW are products of
            cuBLAS with dh
 traffic    x and W once for each block of columns and rows, less what the L2 saves; y and h once
-float32    IEEE products, which don't use tensor cores, or TF32 where torch allows it
+float32    TF32 where torch allows it, or else three such products (``triton_utils.dot_precision``)
 =========  =======================================================================================
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.backends.triton_utils import capability, dot, jit, normal, rows_of
+from fastbert.backends import launch
+from fastbert.backends.triton_utils import dot, dot_precision, jit, normal, rows_of
 from fastbert.ops.linear_gelu.gradients import backward
 
 __all__ = ["backward", "forward"]
 
 
-class Launch(NamedTuple):
-    """The block of a program, ``[block_m, block_n]``, the step in k, the warps and the depth of the pipeline."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
-
-
-# By compute capability and kind of product: where there are many blocks, and where there are too few to go round.
-# Chosen by the registers and shared memory that they compile to; nobody has measured them on a device yet.
-LAUNCHES = {
-    (80, "16 bits"): (Launch(128, 128, 32, 8, 4), Launch(64, 64, 64, 4, 3)),
-    (80, "tf32"): (Launch(128, 128, 32, 8, 3), Launch(64, 64, 32, 4, 3)),
-    (80, "ieee"): (Launch(128, 128, 16, 8, 3), Launch(64, 64, 32, 4, 3)),
-    (90, "16 bits"): (Launch(128, 128, 64, 8, 3), Launch(64, 64, 64, 4, 4)),
-    (90, "tf32"): (Launch(128, 128, 32, 8, 3), Launch(64, 64, 32, 4, 3)),
-    (90, "ieee"): (Launch(128, 128, 16, 8, 3), Launch(64, 64, 32, 4, 3)),
-    (100, "16 bits"): (Launch(128, 128, 64, 8, 3), Launch(64, 64, 64, 4, 4)),
-    (100, "tf32"): (Launch(128, 128, 32, 8, 3), Launch(64, 64, 32, 4, 3)),
-    (100, "ieee"): (Launch(128, 128, 16, 8, 3), Launch(64, 64, 32, 4, 3)),
-}
 # With fewer large blocks than this, multiprocessors would idle: GPUs have 100 to 150 of them.
 _FEW = 128
 # Blocks of rows that a group of programs goes down before the next column.
@@ -77,7 +53,7 @@ def _store(
     tl.store(y_ptr + offset, (hidden * phi).to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(do_not_specialize=["M"])
 def forward_kernel(
     x_ptr, stride_x, weight_ptr, stride_weight, bias_ptr, y_ptr, hidden_ptr, M, N, K,
     TANH: tl.constexpr, HAS_BIAS: tl.constexpr, NEEDS_HIDDEN: tl.constexpr, EVEN_K: tl.constexpr,
@@ -86,9 +62,7 @@ def forward_kernel(
 ):  # fmt: skip
     """A block ``[BLOCK_M, BLOCK_N]`` of y ``[M, N]``, and of hidden where that is needed."""
     program, blocks_n = tl.program_id(0), tl.cdiv(N, BLOCK_N)
-    block_m, block_n = tl.swizzle2d(
-        program // blocks_n, program % blocks_n, tl.cdiv(M, BLOCK_M), blocks_n, GROUP_M
-    )
+    block_m, block_n = tl.swizzle2d(program // blocks_n, program % blocks_n, tl.cdiv(M, BLOCK_M), blocks_n, GROUP_M)
     # Beyond the last row or column that one is read again, without a mask, and what comes of it isn't stored.
     row = tl.minimum(block_m * BLOCK_M + tl.arange(0, BLOCK_M), M - 1).to(tl.int64)
     column = tl.minimum(block_n * BLOCK_N + tl.arange(0, BLOCK_N), N - 1).to(tl.int64)
@@ -117,16 +91,13 @@ def forward_kernel(
     _store(right, bias_ptr, y_ptr, hidden_ptr, rows, column, N, TANH, HAS_BIAS, NEEDS_HIDDEN)
 
 
-def launch(dtype: torch.dtype, M: int, N: int) -> tuple[Launch, str]:
-    """The launch for a product ``[M, N]`` of ``dtype`` on the present device, and the precision of its inputs."""
-    present = capability()
-    family = 90 if present == 90 else 100 if present in (100, 103) else 80
-    precision = "ieee"
-    # allow_tf32 says the same, but raises once somebody has set fp32_precision.
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        precision = "tf32"
-    many, few = LAUNCHES[family, precision if dtype == torch.float32 else "16 bits"]
-    return few if triton.cdiv(M, many.block_m) * triton.cdiv(N, many.block_n) < _FEW else many, precision
+def _options(dtype: torch.dtype, M: int, N: int) -> dict[str, int]:
+    """The launch of a product ``[M, N]``: in large blocks, or in smaller ones where those would be too few."""
+    bits = f"{8 * dtype.itemsize} bits"
+    large = launch.options("linear_gelu", f"{bits}, large")
+    if triton.cdiv(M, large["BLOCK_M"]) * triton.cdiv(N, large["BLOCK_N"]) < _FEW:
+        return launch.options("linear_gelu", f"{bits}, small")
+    return large
 
 
 def forward(
@@ -139,12 +110,10 @@ def forward(
         return y, hidden
     flat, weight = rows_of(x), rows_of(weight)
     (M, K), N = flat.shape, weight.shape[0]
-    config, precision = launch(x.dtype, M, N)
-    forward_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n),)](
+    options = _options(x.dtype, M, N)
+    forward_kernel[(triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(N, options["BLOCK_N"]),)](
         flat, flat.stride(0), weight, weight.stride(0), y if bias is None else bias.contiguous(), y, hidden, M, N, K,
         TANH=approximate == "tanh", HAS_BIAS=bias is not None, NEEDS_HIDDEN=needs_hidden,
-        EVEN_K=K % config.block_k == 0, PRECISION=precision, GROUP_M=_GROUP_M,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k,
-        num_warps=config.num_warps, num_stages=config.num_stages,
+        EVEN_K=K % options["BLOCK_K"] == 0, PRECISION=dot_precision(), GROUP_M=_GROUP_M, **options,
     )  # fmt: skip
     return y, hidden

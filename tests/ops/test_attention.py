@@ -1,5 +1,9 @@
 """Packed attention: every length and head size, empty sequences, rows of no sequence, and its dropout."""
 
+import importlib
+import sys
+import types
+
 import pytest
 import torch
 from ops import problems
@@ -7,6 +11,7 @@ from ops.problems import attention
 
 from fastbert import ops
 from fastbert.backends import philox, select
+from fastbert.ops.attention import reference, torch_varlen
 
 IMPLEMENTATIONS = attention().implementations()
 DROPPING = attention(p=0.1).implementations()
@@ -144,16 +149,13 @@ def test_the_mask_is_the_oracle_s_case_26_and_28(impl, p):
     seed = torch.tensor([problems.SEED])
     qkv = uniform([n for n in lengths if n], heads).requires_grad_()
     output = ops.attention(qkv, problems.cumulative(lengths), 33, dropout_p=p, seed=seed, impl=impl)
+    (gradient,) = torch.autograd.grad(output, qkv, qkv[:, 2].detach())  # that of each query is a one-hot code, too
     row = 0
     for sequence, length in enumerate(lengths):
         expected = philox.attention_mask(seed, torch.tensor([sequence]), heads, length, length, p)[0]
         rows = slice(row, row + length)
         assert torch.equal(output[rows, :, :length].transpose(0, 1) != 0, expected)
-        for query in range(length):
-            dy = torch.zeros_like(output)
-            dy[row + query] = 1.0
-            (gradient,) = torch.autograd.grad(output, qkv, dy, retain_graph=True)
-            assert torch.equal(gradient[rows, 2, :, 0].T != 0, expected[:, query])
+        assert torch.equal(gradient[rows, 2, :, :length].permute(1, 2, 0) != 0, expected)
         row += length
 
 
@@ -198,6 +200,104 @@ def test_the_mask_depends_on_no_padding_case_27(impl):
 def test_dropout_is_refused_by_name():
     with pytest.raises(select.UnsupportedError, match=r"sdpa.*can't draw the exact dropout mask"):
         attention(p=0.1).actual(**attention().tensors, impl="sdpa")
+
+
+def kernel_of_others(q, k, v, cu_seqlens, other_cu_seqlens, max_seqlen, other_max_seqlen, scale):
+    """What the two flash attentions compute, with NaN in rows of no sequence."""
+    assert cu_seqlens is other_cu_seqlens
+    assert max_seqlen == other_max_seqlen
+    out, lse = reference.forward(torch.stack([q, k, v], 1), cu_seqlens, max_seqlen, scale, 0.0, None)
+    out[cu_seqlens[-1] :], lse[:, cu_seqlens[-1] :] = torch.nan, torch.nan
+    return out, lse
+
+
+def gradient_of_others(dout, q, k, v, out, lse, cu_seqlens, other_cu_seqlens, max_seqlen, other_max_seqlen, scale):
+    """Their dqkv, with NaN in rows of no sequence."""
+    assert cu_seqlens is other_cu_seqlens
+    assert max_seqlen == other_max_seqlen
+    qkv = torch.stack([q, k, v], 1)
+    gradient = reference.backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, scale, 0.0, None)
+    gradient[cu_seqlens[-1] :] = torch.nan
+    return gradient
+
+
+class StandInForTorch:
+    """``torch.ops.aten`` with PyTorch's arguments and results."""
+
+    @staticmethod
+    def _flash_attention_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, debug, *, scale):
+        assert (dropout_p, is_causal, debug) == (0.0, False, False)
+        return *kernel_of_others(q, k, v, cu_q, cu_k, max_q, max_k, scale), None, None, None
+
+    @staticmethod
+    def _flash_attention_backward(
+        dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, dropout_p, is_causal, rng_state, unused, *, scale
+    ):
+        assert (dropout_p, is_causal, rng_state.shape) == (0.0, False, (2,))
+        return gradient_of_others(dout, q, k, v, out, lse, cu_q, cu_k, max_q, max_k, scale).unbind(1)
+
+
+class StandInForFlashAttn:
+    """``flash_attn.flash_attn_interface`` with its arguments and results."""
+
+    @staticmethod
+    def _flash_attn_varlen_forward(q, k, v, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, causal):
+        assert (dropout_p, causal) == (0.0, False)
+        return *kernel_of_others(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale), None, None
+
+    @staticmethod
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_q, cu_k, max_q, max_k, dropout_p, softmax_scale, causal,
+        window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+    ):  # fmt: skip
+        assert (dropout_p, causal, softcap, alibi_slopes, deterministic) == (0.0, False, 0.0, None, True)
+        assert (window_size_left, window_size_right) == (-1, -1)
+        gradient = gradient_of_others(dout, q, k, v, out, softmax_lse, cu_q, cu_k, max_q, max_k, softmax_scale)
+        for result, part in zip((dq, dk, dv), gradient.unbind(1), strict=True):
+            result[: cu_q[-1]] = part[: cu_q[-1]]
+
+
+@pytest.mark.parametrize("name", ["torch_varlen", "flash_attn"])
+def test_flash_attention_of_others(name, monkeypatch):
+    """Their kernels need a GPU: what is passed to them and made of their results is tested with stand-ins."""
+    package = types.ModuleType("flash_attn")
+    package.flash_attn_interface = StandInForFlashAttn
+    monkeypatch.setitem(sys.modules, "flash_attn", package)
+    monkeypatch.delitem(sys.modules, "fastbert.ops.attention.flash_attn", raising=False)
+    module = importlib.import_module(f"fastbert.ops.attention.{name}")
+    monkeypatch.setattr(torch_varlen, "_aten", StandInForTorch)
+    problem = attention(lengths=(3, 0, 6), spare_rows=2)
+    qkv, dout = problem.tensors["qkv"], problem.dy.clone()
+    dout[9:] = 0.0
+    arguments = (problems.cumulative([3, 0, 6]), 6, 0.3, 0.0, None)
+    out, lse = module.forward(qkv, *arguments)
+    expected_out, expected_lse = reference.forward(qkv, *arguments)
+    assert torch.equal(out, expected_out)
+    assert torch.equal(lse, expected_lse)
+    assert torch.equal(
+        module.backward(dout, qkv, out, lse, *arguments), reference.backward(dout, qkv, out, lse, *arguments)
+    )
+
+
+def test_arguments_of_torch_s_flash_attention():
+    """PyTorch checks them on tensors without memory."""
+    qkv = torch.empty(20, 3, 2, 64, dtype=torch.bfloat16, device="meta")
+    arguments = (torch.empty(4, dtype=torch.int32, device="meta"), 9, 0.125, 0.0, None)
+    out, lse = torch_varlen.forward(qkv, *arguments)
+    assert (out.shape, lse.shape, lse.dtype) == ((20, 2, 64), (2, 20), torch.float32)
+    assert torch_varlen.backward(out, qkv, out, lse, *arguments).shape == qkv.shape
+
+
+@pytest.mark.parametrize("name", ["torch_varlen", "flash_attn"])
+def test_why_flash_attention_of_others_cannot_serve(name):
+    request = select.Request("cpu", torch.float32, 0.1, 60)
+    (row,) = [row for row in select.table("attention").explain(request) if row.implementation == name]
+    reasons = "; ".join(row.reasons)
+    assert "it runs on cuda" in reasons
+    assert "it computes in float16, bfloat16" in reasons
+    assert "can't draw the exact dropout mask" in reasons
+    assert "multiples of 8 up to 256, and this one is 60" in reasons
+    assert ("the package flash-attn can't be imported" in reasons) == (name == "flash_attn")
 
 
 def call(qkv=None, cu_seqlens=None, max_seqlen=4, **options):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import math
 from collections.abc import Iterator
 
@@ -17,6 +19,38 @@ def _triton_reasons(request: select.Request) -> Iterator[str]:
     yield from select.needs_dtype(request, torch.float32, torch.float16, torch.bfloat16)
     if request.head_size is not None and request.head_size > 128:
         yield f"it has kernels for head sizes up to 128, and this one is {request.head_size}"
+
+
+def _flash_reasons(request: select.Request) -> Iterator[str]:
+    """Of the kernels that PyTorch and the package flash-attn have in common."""
+    yield from select.needs_device(request, "cuda")
+    yield from select.needs_dtype(request, torch.float16, torch.bfloat16)
+    yield from select.needs_no_dropout(request)
+    if request.head_size is not None and (request.head_size > 256 or request.head_size % 8 != 0):
+        yield f"its head sizes are multiples of 8 up to 256, and this one is {request.head_size}"
+
+
+def _flash_attn_reasons(request: select.Request) -> Iterator[str]:
+    yield from _flash_reasons(request)
+    if reason := _missing_flash_attn():
+        yield reason
+
+
+# torch.compile takes the answer as it is: it can't trace an import.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _missing_flash_attn() -> str | None:
+    return _import_flash_attn()
+
+
+@functools.cache
+def _import_flash_attn() -> str | None:
+    try:
+        interface = importlib.import_module("flash_attn.flash_attn_interface")
+    except ImportError as error:
+        return f"the package flash-attn can't be imported ({error}): `pip install flash-attn --no-build-isolation`"
+    if not hasattr(interface, "_wrapped_flash_attn_varlen_forward"):
+        return "the installed flash-attn is older than 2.7: `pip install --upgrade flash-attn --no-build-isolation`"
+    return None
 
 
 def _amx_reasons(request: select.Request) -> Iterator[str]:
@@ -44,6 +78,8 @@ TABLE = select.Table(
     "attention",
     (
         select.Implementation("triton", f"{_MODULE}.triton", _triton_reasons),
+        select.Implementation("flash_attn", f"{_MODULE}.flash_attn", _flash_attn_reasons),
+        select.Implementation("torch_varlen", f"{_MODULE}.torch_varlen", _flash_reasons),
         select.Implementation("amx", f"{_MODULE}.amx", _amx_reasons),
         select.Implementation("sdpa", f"{_MODULE}.sdpa", _sdpa_reasons),
         select.Implementation("cpu", f"{_MODULE}.cpu", _cpu_reasons),
@@ -76,8 +112,9 @@ def attention(
         scale: of the scores; None: ``1 / sqrt(D)``.
         dropout_p: probability of dropping an attention probability, quantised to multiples of 2**-16.
         seed: int64 with one element, on the device of ``qkv``; None draws one from torch's default generator.
-        impl: "triton" (CUDA, heads up to 128), "amx" (CPUs that have it, bfloat16, no dropout), "sdpa" (CPU, no
-            dropout), "cpu", "reference", or None for the first of them that can serve the call.
+        impl: "triton" (CUDA, heads up to 128), "flash_attn" (that package) or "torch_varlen" (PyTorch's; both CUDA,
+            16 bits, no dropout, heads of 8, 16 ... 256), "amx" (CPUs that have it, bfloat16, no dropout), "sdpa" (CPU,
+            no dropout), "cpu", "reference", or None for the first of them that can serve the call.
 
     Returns:
         ``[T, A, D]``, contiguous, in the dtype of ``qkv``.

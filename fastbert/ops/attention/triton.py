@@ -36,7 +36,7 @@ from fastbert.backends import launch, philox
 from fastbert.backends.triton_utils import attention_keep, dot, dot_precision, jit
 
 # The longest sequence that one program takes whole, by bytes of an element: beyond it registers run out.
-_SHORT = {2: 128, 4: 64}
+_SHORT = {2: 128, 4: 32}
 
 # Numbers that change from batch to batch: a kernel isn't compiled again for them.
 _COUNTS = ("rows", "heads", "sequences", "steps", "slots", "threshold")

@@ -47,6 +47,8 @@ _PARTIALS = 512
 _CHUNK = 64
 _CHUNK_ROWS = 4
 _SEGMENT_ROWS = 16
+# Numbers that change from batch to batch: a kernel isn't compiled again for them.
+_COUNTS = ("tokens", "chunks", "padding_idx", "threshold")
 
 
 @jit
@@ -82,7 +84,7 @@ def _keep(seed_ptr, token, threshold, H: tl.constexpr, START: tl.constexpr, SIZE
     return draw.to(tl.int32) < threshold
 
 
-@jit
+@jit(do_not_specialize=_COUNTS)
 def forward_kernel(
     input_ids_ptr, position_ids_ptr, token_type_ids_ptr,
     word_ptr, stride_word, position_ptr, stride_position, token_type_ptr, stride_token_type,
@@ -127,7 +129,7 @@ def forward_kernel(
         tl.store(y_ptr + token[:, None] * H + rest, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@jit
+@jit(do_not_specialize=_COUNTS)
 def backward_kernel(
     dy_ptr, stride_dy, input_ids_ptr, position_ids_ptr, token_type_ids_ptr,
     word_ptr, stride_word, position_ptr, stride_position, token_type_ptr, stride_token_type,
@@ -194,7 +196,7 @@ def backward_kernel(
             tl.store(bias_row + rest, tl.sum(dbias_rest, 0)[None, :], mask=rest < H)
 
 
-@jit
+@jit(do_not_specialize=_COUNTS)
 def chunk_kernel(
     ids_ptr, order_ptr, dhidden_ptr, dtable_ptr, part_ptr, tokens, padding_idx,
     H: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
@@ -242,7 +244,7 @@ def chunk_kernel(
                 tl.store(part_row + rest, total_rest, mask=rest < H)
 
 
-@jit
+@jit(do_not_specialize=_COUNTS)
 def segment_kernel(
     ids_ptr, part_ptr, dtable_ptr, chunks, padding_idx,
     H: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,

@@ -151,8 +151,8 @@ void bind_bias_dropout_residual_layer_norm(py::module_& m, const std::string& bu
         "hidden, mean or rstd is not stored.");
 
   m.def(("bias_dropout_residual_layer_norm_backward_" + build).c_str(),
-        [=](std::uintptr_t dy, std::uintptr_t hidden, std::uintptr_t weight, int parameter_dtype, std::uintptr_t mean,
-            std::uintptr_t rstd, std::uintptr_t dresidual, std::uintptr_t dx, std::uintptr_t dbias,
+        [=](std::uintptr_t dy, std::uintptr_t dy2, std::uintptr_t hidden, std::uintptr_t weight, int parameter_dtype,
+            std::uintptr_t mean, std::uintptr_t rstd, std::uintptr_t dresidual, std::uintptr_t dx, std::uintptr_t dbias,
             std::uintptr_t dweight, std::uintptr_t dln_bias, std::uintptr_t scratch, int64_t rows, int64_t cols,
             int dtype, std::uintptr_t seed, int64_t threshold, float scale, Runner runner) {
           check(rows, cols, dtype, parameter_dtype);
@@ -171,18 +171,18 @@ void bind_bias_dropout_residual_layer_norm(py::module_& m, const std::string& bu
             if (cols == 0) return;
             const bool wide = parameter_dtype == static_cast<int>(DType::kFloat32);
             const py::gil_scoped_release release;
-            backward(fused::Backward<T>{pointer<const T>(dy), pointer<const T>(hidden), pointer<const void>(weight),
-                                        wide, pointer<const float>(mean), pointer<const float>(rstd),
+            backward(fused::Backward<T>{pointer<const T>(dy), pointer<const T>(dy2), pointer<const T>(hidden),
+                                        pointer<const void>(weight), wide, pointer<const float>(mean), pointer<const float>(rstd),
                                         pointer<T>(dresidual), pointer<T>(dx), pointer<T>(dbias),
                                         pointer<void>(dweight), pointer<void>(dln_bias), pointer<float>(scratch), rows,
                                         cols, dropout},
                      runner);
           });
         },
-        arg("dy"), arg("hidden"), arg("weight"), arg("parameter_dtype"), arg("mean"), arg("rstd"), arg("dresidual"),
+        arg("dy"), arg("dy2"), arg("hidden"), arg("weight"), arg("parameter_dtype"), arg("mean"), arg("rstd"), arg("dresidual"),
         arg("dx"), arg("dbias"), arg("dweight"), arg("dln_bias"), arg("scratch"), arg("rows"), arg("cols"),
         arg("dtype"), arg("seed"), arg("threshold"), arg("scale"), arg(runner_name),
-        "The gradients from dy and what the forward stored; a null dx, dbias, dweight or dln_bias is not computed.");
+        "The gradients from dy (and dy2, if not null) and what the forward stored; a null dx, dbias, dweight or dln_bias is not computed.");
 }
 
 py::dict build_info() {

@@ -27,9 +27,10 @@ FASTBERT_HD int64_t rows_per_partial(int64_t rows) {
 
 inline int64_t partials(int64_t rows) { return (rows + rows_per_partial(rows) - 1) / rows_per_partial(rows); }
 
+// A sum that PyTorch would store: the new hidden state, or the two gradients of the output.
 template <typename T>
-FASTBERT_HD float add_and_round(float residual, float branch) {
-  return to_float(from_float<T>(residual + branch));
+FASTBERT_HD float add_and_round(float a, float b) {
+  return to_float(from_float<T>(a + b));
 }
 
 FASTBERT_HD float reciprocal_deviation(float variance, float eps) { return 1.0f / sqrtf(variance + eps); }
@@ -64,10 +65,12 @@ struct Forward {
   Dropout dropout;
 };
 
-// Any address may be null: dx, dbias, dweight or dln_bias where it isn't wanted; scratch without the last three.
+// Any address may be null: dy2, a second gradient of the output, where there is one only; dx, dbias, dweight or dln_bias
+// where it isn't wanted; scratch without the last three.
 template <typename T>
 struct Backward {
   const T* dy;
+  const T* dy2;
   const T* hidden;
   const void* weight;
   bool float_parameters;

@@ -127,6 +127,22 @@ __device__ __forceinline__ float element(const Packed<T>& packed, int i) {
   }
 }
 
+// a + b, rounded to T.
+template <typename T>
+__device__ __forceinline__ Packed<T> add_packed(const Packed<T>& a, const Packed<T>& b) {
+  Packed<T> sums = {};
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    const T sum = from_float<T>(element(a, i) + element(b, i));
+    if constexpr (sizeof(T) == 4) {
+      sums.words[i] = float_bits(sum);
+    } else {
+      sums.words[i / 2] |= uint32_t{sum.bits} << 16 * (i % 2);
+    }
+  }
+  return sums;
+}
+
 // Makes the compiler forget what it has computed of packed: it would keep that instead of computing it again.
 template <typename T>
 __device__ __forceinline__ void forget(Packed<T>& packed) {
@@ -348,6 +364,9 @@ __global__ void __launch_bounds__(kBackwardThreads<kGroups>, kBackwardBlocks<kVe
       for (int group = 0; group < kGroups; ++group) {
         const int64_t column = (group * blockDim.x + threadIdx.x) * kGroup;
         dy[i][group] = load_packed<kVector>(args.dy + row * args.cols, column, args.cols);
+        if (args.dy2 != nullptr) {
+          dy[i][group] = add_packed(dy[i][group], load_packed<kVector>(args.dy2 + row * args.cols, column, args.cols));
+        }
         hidden[i][group] = load_packed<kVector>(args.hidden + row * args.cols, column, args.cols);
       }
     }
@@ -429,6 +448,11 @@ __global__ void __launch_bounds__(kLoopThreads, 2) backward_loop_kernel(const Ba
     const float rstd = args.rstd[row];
     const auto load_row = [&](int64_t column, float(&dy)[kGroup], float(&xhat)[kGroup], float(&g)[kGroup]) {
       load_group<kVector>(args.dy + row * args.cols, column, args.cols, dy);
+      if (args.dy2 != nullptr) {
+        load_group<kVector>(args.dy2 + row * args.cols, column, args.cols, xhat);
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) dy[i] = add_and_round<T>(dy[i], xhat[i]);
+      }
       load_group<kVector>(args.hidden + row * args.cols, column, args.cols, xhat);
       load_parameter<T, kVector>(args.weight, args.float_parameters, column, args.cols, g);
 #pragma unroll
@@ -542,7 +566,7 @@ void backward_device(const Backward<T>& args, void* stream) {
   if (args.cols == 0) return;
   if (args.rows > 0) {
     const bool vector = args.cols % kGroup == 0 &&
-                        all_aligned(args.dy, args.hidden, args.weight, args.dresidual, args.dx, args.scratch);
+                        all_aligned(args.dy, args.dy2, args.hidden, args.weight, args.dresidual, args.dx, args.scratch);
     const auto launch = vector ? launch_backward<T, true> : launch_backward<T, false>;
     launch(args, static_cast<cudaStream_t>(stream));
   }

@@ -114,8 +114,8 @@ FASTBERT_CLONES void forward_rows(const Forward<T>& args, const float* weight, c
 // Rows first_row .. last_row - 1; their column sums are added to sums [kSums, cols].
 template <typename T>
 FASTBERT_CLONES void backward_rows(const Backward<T>& args, const float* __restrict weight, int64_t first_row,
-                                   int64_t last_row, RowDraws& row_draws, float* __restrict g, float* __restrict xhat,
-                                   float* sums) {
+                                   int64_t last_row, RowDraws& row_draws, float* __restrict dy, float* __restrict g,
+                                   float* __restrict xhat, float* sums) {
   const int64_t cols = args.cols;
   const float scale = args.dropout.scale;
   const auto threshold = static_cast<uint16_t>(args.dropout.threshold);
@@ -124,16 +124,22 @@ FASTBERT_CLONES void backward_rows(const Backward<T>& args, const float* __restr
   float* __restrict dln_bias = sums + 2 * cols;
 
   for (int64_t row = first_row; row < last_row; ++row) {
-    const T* __restrict dy = args.dy + row * cols;
+    const T* __restrict incoming = args.dy + row * cols;
+    if (args.dy2 != nullptr) {
+      const T* __restrict second = args.dy2 + row * cols;
+      for (int64_t i = 0; i < cols; ++i) dy[i] = add_and_round<T>(to_float(incoming[i]), to_float(second[i]));
+    } else {
+      for (int64_t i = 0; i < cols; ++i) dy[i] = to_float(incoming[i]);
+    }
     const T* __restrict hidden = args.hidden + row * cols;
     T* __restrict dresidual = args.dresidual + row * cols;
     const float mean = args.mean[row];
     const float rstd = args.rstd[row];
     for (int64_t i = 0; i < cols; ++i) {
       xhat[i] = normalise(to_float(hidden[i]), mean, rstd);
-      dweight[i] += to_float(dy[i]) * xhat[i];
-      dln_bias[i] += to_float(dy[i]);
-      g[i] = to_float(dy[i]) * weight[i];
+      dweight[i] += dy[i] * xhat[i];
+      dln_bias[i] += dy[i];
+      g[i] = dy[i] * weight[i];
     }
     const float factor = rstd / static_cast<float>(cols);
     const float mean_g = factor * sum(cols, [=](int64_t i) { return g[i]; });
@@ -159,6 +165,7 @@ template <typename T>
 void backward_partials(const Backward<T>& args, const float* weight, int64_t first, int64_t last) {
   const int64_t rows = rows_per_partial(args.rows);
   RowDraws row_draws(args.dropout, args.cols);
+  const std::unique_ptr<float[]> dy(new float[args.cols]);
   const std::unique_ptr<float[]> g(new float[args.cols]);
   const std::unique_ptr<float[]> xhat(new float[args.cols]);
   std::vector<float> sums(kSums * args.cols);
@@ -168,7 +175,8 @@ void backward_partials(const Backward<T>& args, const float* weight, int64_t fir
     std::fill(partial.begin(), partial.end(), 0.0f);
     for (int64_t row = block * rows; row < end; row += kRowsPerSum) {
       std::fill(sums.begin(), sums.end(), 0.0f);
-      backward_rows(args, weight, row, std::min(end, row + kRowsPerSum), row_draws, g.get(), xhat.get(), sums.data());
+      backward_rows(args, weight, row, std::min(end, row + kRowsPerSum), row_draws, dy.get(), g.get(),
+                    xhat.get(), sums.data());
       for (size_t i = 0; i < sums.size(); ++i) partial[i] += sums[i];
     }
     if (args.scratch != nullptr) std::copy(partial.begin(), partial.end(), args.scratch + block * kSums * args.cols);

@@ -21,6 +21,7 @@ from transformers.models.bert import modeling_bert as hf
 
 from fastbert import ops
 from fastbert.backends import prepacked
+from fastbert.models import after_attention
 from fastbert.models.packing import Packing
 
 # The seeds that one layer takes: attention probabilities, attention output, layer output.
@@ -333,6 +334,22 @@ class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):
 class BertLayer(hf.BertLayer):
     """One layer: attention, then the feed-forward product pair."""
 
+    def unfused(self) -> str | None:
+        """Why a training step runs the parts after attention one by one, and keeps more; None when it needn't."""
+        if self.chunk_size_feed_forward:
+            return f"chunk_size_feed_forward is {self.chunk_size_feed_forward}"
+        if reason := unusual(self.attention, BertAttention):
+            return f"attention: {reason}"
+        parts: tuple[tuple[str, Any, type[nn.Module]], ...] = (
+            ("attention.output", self.attention.output, BertSelfOutput),
+            ("intermediate", self.intermediate, BertIntermediate),
+            ("output", self.output, BertOutput),
+        )
+        for name, part, kind in parts:
+            if reason := unusual(part, kind) or part.unfused() or unusual(part.dense, nn.Linear):
+                return f"{name}: {reason}"
+        return None
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -356,8 +373,36 @@ class BertLayer(hf.BertLayer):
         if seeds is not None:
             first = 1 + SEEDS_PER_LAYER * self.attention.self.layer_idx
             seeds = seeds[first : first + SEEDS_PER_LAYER]
-        attention_output, _ = self.attention(hidden_states, packing=packing, seeds=seeds)
+        if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or unserved(hidden_states) or self.unfused()):
+            context, _ = self.attention.self(hidden_states, packing=packing, seed=_at(seeds, 0))
+            parameters = self._parameters_after_attention()
+            if any(x is not None and x.requires_grad for x in (context, hidden_states, *parameters)):
+                return self._after_attention(context, hidden_states, parameters, seeds)
+            attention_output = self.attention.output(context, hidden_states, _at(seeds, 1))
+        else:
+            attention_output, _ = self.attention(hidden_states, packing=packing, seeds=seeds)
         return self._feed_forward(attention_output, packing.shape[0], _at(seeds, 2))
+
+    def _parameters_after_attention(self) -> after_attention.Parameters:
+        out, up, down = self.attention.output, self.intermediate.dense, self.output
+        return after_attention.Parameters(
+            *(out.dense.weight, out.dense.bias, out.LayerNorm.weight, out.LayerNorm.bias),
+            *(up.weight, up.bias),
+            *(down.dense.weight, down.dense.bias, down.LayerNorm.weight, down.LayerNorm.bias),
+        )
+
+    def _after_attention(
+        self, context: Tensor, x: Tensor, parameters: after_attention.Parameters, seeds: Tensor | None
+    ) -> Tensor:
+        approximate = gelu_approximation(self.intermediate.intermediate_act_fn)
+        assert approximate is not None
+        first, second = self.attention.output, self.output
+        for owner in (first, self.intermediate, second):
+            prepacked.drop(owner)
+        settings = after_attention.Settings(
+            first.LayerNorm.eps, dropout_p(first.dropout), second.LayerNorm.eps, dropout_p(second.dropout), approximate
+        )
+        return after_attention.after_attention(context, x, parameters, settings, _at(seeds, 1), _at(seeds, 2))
 
     def _feed_forward(self, x: Tensor, batch: int, seed: Tensor | None) -> Tensor:
         if not self.chunk_size_feed_forward:

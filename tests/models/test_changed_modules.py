@@ -85,7 +85,15 @@ def test_change_is_respected(change, path, gradients):
     fast.load_state_dict(reference.state_dict())
     with torch.set_grad_enabled(gradients):
         expected, actual = reference(**inputs).last_hidden_state, fast(**inputs).last_hidden_state
-    torch.testing.assert_close(actual[where], expected[where], atol=1e-5, rtol=1e-5)
+    if change is quantize:
+        # Two roundings of an input may fall on either side of a step of its 255: that moves a result by a step times a
+        # weight, here and there. Were the change ignored, all of them would differ.
+        step = (unchanged.max() - unchanged.min()) / 255 * fast.embeddings.word_embeddings.weight.abs().max()
+        error = (actual - expected)[where].abs()
+        assert error.max() <= step
+        assert error.mean() <= 0.01 * (expected - unchanged)[where].abs().mean()
+    else:
+        torch.testing.assert_close(actual[where], expected[where], atol=1e-5, rtol=1e-5)
     assert (actual - unchanged)[where].abs().max() > 1e-3
     if change in HOOKS:
         assert "has a hook" in fast.route

@@ -1,10 +1,54 @@
-"""Memory of a device: what a failed forward leaves behind."""
+"""Memory: what a training step keeps for its backward, and what a failed forward leaves behind."""
 
 import gc
 
 import pytest
 import torch
 from models import twins
+
+HIDDEN = 128
+
+
+def kept(num_layers, sequences, dtype, **settings):
+    """Bytes that the forward of a training step keeps beside the parameters, and its number of valid tokens."""
+    model = twins.twins(
+        num_hidden_layers=num_layers, hidden_size=HIDDEN, num_attention_heads=2, intermediate_size=4 * HIDDEN,
+        hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1, **settings,
+    )[1].to(dtype).train()  # fmt: skip
+    inputs = twins.batch(sequences, 40)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    storages = {}
+
+    def pack(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(**inputs).last_hidden_state.sum()
+    twins.assert_packed(model)
+    loss.backward()
+    return sum(storage.nbytes() for storage in storages.values()), int(inputs["attention_mask"].sum())
+
+
+def kept_by_token_and_layer(dtype, **settings):
+    """By differences: what doesn't grow with both isn't counted."""
+    bytes_, tokens = {}, {}
+    for sequences in (2, 8):
+        for num_layers in (2, 4):
+            bytes_[sequences, num_layers], tokens[sequences] = kept(num_layers, sequences, dtype, **settings)
+    layers = {sequences: bytes_[sequences, 4] - bytes_[sequences, 2] for sequences in (2, 8)}
+    return (layers[8] - layers[2]) / 2 / (tokens[8] - tokens[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("hidden_act", ["gelu", "gelu_new"])
+def test_a_training_step_keeps_at_most_24_hidden_bytes(hidden_act, dtype):
+    """No mask, no probabilities, no output of a GELU: x, query, key, value, context, z1, pre, z2 and statistics."""
+    assert kept_by_token_and_layer(dtype, hidden_act=hidden_act) <= 24 * HIDDEN
+    expected = 22 * HIDDEN + 4 * 2 + 2 * 8  # the log-sum-exp of two heads, and the mean and rstd of two LayerNorms
+    assert kept_by_token_and_layer(dtype, hidden_act=hidden_act) == expected
 
 
 @pytest.mark.gpu

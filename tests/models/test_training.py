@@ -6,8 +6,8 @@ import pytest
 import torch
 from models import twins
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastbert import ops
 from fastbert.backends import philox
 from fastbert.models import layers
 
@@ -39,8 +39,10 @@ def assert_bitwise_equal(actual, expected):
 def layer_runs(monkeypatch):
     """Grows by one whenever the computation of a layer runs, also again for a checkpoint."""
     runs = []
-    forward = layers.BertIntermediate.forward
-    monkeypatch.setattr(layers.BertIntermediate, "forward", lambda self, x: runs.append(self) or forward(self, x))
+    forward = layers.BertSelfAttention.forward
+    monkeypatch.setattr(
+        layers.BertSelfAttention, "forward", lambda self, *a, **kw: runs.append(self) or forward(self, *a, **kw)
+    )
     return runs
 
 
@@ -132,28 +134,70 @@ def test_kept_fraction_and_scale_case_26(embeds):
     assert abs(agree - (p * p + (1 - p) * (1 - p))) < 0.01
 
 
-def test_every_dropout_has_its_own_seed(monkeypatch):
+class Seeds(TorchDispatchMode):
+    """Remembers the seed of every op that takes one."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "fastbert":
+            names = [argument.name for argument in func._schema.arguments]
+            if "seed" in names:
+                self.seen.append(args[names.index("seed")].item())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("needs_grad", [True, False])
+def test_every_dropout_has_its_own_seed(needs_grad):
     fast = twins.twins(num_hidden_layers=3, **DROPOUT)[1].train()
-    seeds = []
-    for name, key in (
-        ("embedding_layer_norm", "p"),
-        ("attention", "dropout_p"),
-        ("bias_dropout_residual_layer_norm", "p"),
-    ):
-        op = getattr(ops, name)
-
-        def record(*args, op=op, key=key, **kwargs):
-            assert kwargs[key] == 0.1
-            seeds.append(kwargs["seed"].item())
-            return op(*args, **kwargs)
-
-        monkeypatch.setattr(ops, name, record)
     inputs = twins.batch()
-    fast(**inputs)
-    fast(**inputs)
+    with torch.set_grad_enabled(needs_grad), Seeds() as seeds:
+        fast(**inputs)
+        fast(**inputs)
     # For each forward: one for the embeddings, three for each layer.
-    assert len(seeds) == 2 * (1 + 3 * 3)
-    assert len(set(seeds)) == len(seeds)
+    assert len(seeds.seen) == 2 * (1 + 3 * 3)
+    assert len(set(seeds.seen)) == len(seeds.seen)
+
+
+@pytest.mark.parametrize("frozen", ["nothing", "weights", "biases", "LayerNorms", "products", "first layer"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_computing_again_changes_no_gradient(autocast, frozen, monkeypatch):
+    """The one function from attention on, against its parts one by one."""
+    fast = twins.twins(**DROPOUT)[1].train()
+    patterns = {"weights": "weight", "biases": "bias", "LayerNorms": "LayerNorm", "products": "dense"}
+    for path, parameter in fast.named_parameters():
+        if frozen == "first layer":
+            parameter.requires_grad_("layer.1." in path)
+        elif frozen != "nothing" and "layer" in path:
+            parameter.requires_grad_(patterns[frozen] not in path)
+    inputs = twins.batch()
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return gradients(fast, inputs)
+
+    actual = run()
+    twins.assert_packed(fast)
+    calls = []
+    monkeypatch.setattr(layers.BertLayer, "unfused", lambda self: calls.append(self) or "not in this test")
+    expected = run()
+    assert len(calls) == 2
+    for path, gradient in expected.items():
+        assert (gradient is None) == (actual[path] is None), path
+        if gradient is not None:
+            bound = 1e-5 * gradient.abs().max().item()
+            torch.testing.assert_close(actual[path], gradient, atol=bound, rtol=0.0)
+
+
+def test_second_derivative_is_refused():
+    fast = twins.twins()[1].train()
+    output = fast(**twins.batch()).last_hidden_state
+    weight = fast.encoder.layer[1].output.dense.weight
+    (gradient,) = torch.autograd.grad(output.square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        gradient.sum().backward()
 
 
 def test_dropout_without_gradients_draws_the_same_masks():

@@ -74,7 +74,7 @@ def test_mask_of_the_backward_case_28(shape, dtype, impl):
     problem = bias_dropout_residual_layer_norm(shape, dtype, p)
     _, hidden, mean, rstd = forward(problem, p, impl)
     dresidual, dx, *_ = torch.ops.fastbert.bias_dropout_residual_layer_norm_bwd(
-        torch.randn(shape).to(dtype), hidden, problem.tensors["weight"], mean, rstd, p, seed, [True] * 3, impl
+        torch.randn(shape).to(dtype), None, hidden, problem.tensors["weight"], mean, rstd, p, seed, [True] * 3, impl
     )
     mask = philox.hidden_mask(seed, dx.shape, p)
     assert torch.equal(dx != 0, mask & (dresidual != 0))
@@ -91,7 +91,7 @@ def test_output_mask(p, impl):
 
     def backward(output_mask):
         return torch.ops.fastbert.bias_dropout_residual_layer_norm_bwd(
-            dy, hidden, problem.tensors["weight"], mean, rstd, p, seed, output_mask, impl
+            dy, None, hidden, problem.tensors["weight"], mean, rstd, p, seed, output_mask, impl
         )
 
     everything = backward([True, True, True])
@@ -100,6 +100,25 @@ def test_output_mask(p, impl):
         gradients = backward(list(output_mask))
         for gradient, expected, wanted in zip(gradients, everything, (True, True, *output_mask), strict=True):
             assert torch.equal(gradient, expected) if wanted else gradient.shape == (0,)
+
+
+@implementations
+@all_dtypes
+@pytest.mark.parametrize("shape", [(5, 7), (70, 24), (3, 2049)], ids=str)
+def test_second_gradient_of_the_output(shape, dtype, impl):
+    """It is what the sum of the two in their dtype, PyTorch's own, gives."""
+    problem = bias_dropout_residual_layer_norm(shape, dtype, 0.1)
+    _, *kept = forward(problem, 0.1, impl)
+    dy, dy2 = torch.randn(2, *shape).to(dtype)
+
+    def backward(first, second):
+        return torch.ops.fastbert.bias_dropout_residual_layer_norm_bwd(
+            first, second, kept[0], problem.tensors["weight"], *kept[1:], 0.1, problems.seed_of(0.1, problems.SEED),
+            [True] * 3, impl,
+        )  # fmt: skip
+
+    for gradient, expected in zip(backward(dy, dy2), backward(dy + dy2, None), strict=True):
+        assert torch.equal(gradient, expected)
 
 
 @implementations
@@ -310,7 +329,7 @@ def test_cuda_beyond_2_to_the_31_elements_case_19():
     del x, arguments, output
     dy = torch.randn(1031, device="cuda").to(hidden.dtype).expand(shape)
     dresidual, dx, *_ = torch.ops.fastbert.bias_dropout_residual_layer_norm_bwd(
-        dy, hidden, ones.to(dy.dtype), mean, rstd, p, seed, [False] * 3, "cuda"
+        dy, None, hidden, ones.to(dy.dtype), mean, rstd, p, seed, [False] * 3, "cuda"
     )
     assert torch.equal(dx.flatten()[start:] != 0, kept & (dresidual.flatten()[start:] != 0))
 

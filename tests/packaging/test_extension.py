@@ -101,6 +101,7 @@ def fused_backward(
     scratch = torch.full((C.bias_dropout_residual_layer_norm_backward_scratch(rows, cols),), torch.nan)
     C.bias_dropout_residual_layer_norm_backward_host(
         dy=dy.data_ptr(),
+        dy2=0,
         hidden=hidden.data_ptr(),
         weight=weight.data_ptr(),
         parameter_dtype=extension.dtype_code(weight.dtype),
@@ -317,7 +318,7 @@ def test_bad_arguments_of_the_fused_backward(change: dict[str, int], message: st
     x = torch.ones(2, 8)
     names = ("dy", "hidden", "weight", "mean", "rstd", "dresidual", "dx", "dbias", "dweight", "dln_bias", "scratch")
     arguments = dict.fromkeys(names, x.data_ptr()) | {"rows": 2, "cols": 8, "dtype": C.FLOAT32, "num_threads": 1}
-    arguments |= {"parameter_dtype": C.FLOAT32, "seed": 0, "threshold": 65536} | change
+    arguments |= {"dy2": 0, "parameter_dtype": C.FLOAT32, "seed": 0, "threshold": 65536} | change
     with pytest.raises(ValueError, match=message):
         C.bias_dropout_residual_layer_norm_backward_host(**arguments, scale=1.0)
 
@@ -350,5 +351,5 @@ def test_cuda_errors_are_raised() -> None:
         )
     with pytest.raises(RuntimeError, match="bias_dropout_residual_layer_norm backward: cudaError"):
         C.bias_dropout_residual_layer_norm_backward_device(
-            16, 16, 16, C.FLOAT32, 16, 16, 16, 0, 0, 0, 0, 0, 1, 8, C.FLOAT32, 0, 65536, 1.0, 0
+            16, 0, 16, 16, C.FLOAT32, 16, 16, 16, 0, 0, 0, 0, 0, 1, 8, C.FLOAT32, 0, 65536, 1.0, 0
         )

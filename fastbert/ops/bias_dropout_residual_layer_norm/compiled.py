@@ -65,6 +65,7 @@ def backward(
     build: Build,
     runner: int,
     dy: Tensor,
+    dy2: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     mean: Tensor,
@@ -75,10 +76,11 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """(dresidual ``[..., H]``, dx ``[..., H]``, dbias, dweight, dln_bias ``[H]``).
 
-    The last three are ``[0]`` where ``output_mask`` leaves them out; dx is ``[0]`` without dropout, where it equals
-    dresidual.
+    ``dy2`` is a second gradient of the output. The last three are ``[0]`` where ``output_mask`` leaves them out; dx is
+    ``[0]`` without dropout, where it equals dresidual.
     """
     dy, hidden = dy.contiguous(), hidden.contiguous()
+    dy2 = None if dy2 is None else dy2.contiguous()
     mean, rstd = mean.contiguous(), rstd.contiguous()
     parameter = _parameter(weight, hidden.dtype)
     cols = hidden.shape[-1]
@@ -94,6 +96,7 @@ def backward(
     scratch = mean.new_empty(sums)
     getattr(library, f"bias_dropout_residual_layer_norm_backward_{build}")(
         dy.data_ptr(),
+        extension.address(dy2),
         hidden.data_ptr(),
         parameter.data_ptr(),
         extension.dtype_code(parameter.dtype),

@@ -36,6 +36,7 @@ def forward(
 
 def backward(
     dy: Tensor,
+    dy2: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     mean: Tensor,
@@ -46,10 +47,11 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """(dresidual ``[..., H]``, dx ``[..., H]``, dbias, dweight, dln_bias ``[H]``).
 
-    The last three are ``[0]`` where ``output_mask`` leaves them out; dx is ``[0]`` without dropout, where it equals
-    dresidual.
+    ``dy2`` is a second gradient of the output. The last three are ``[0]`` where ``output_mask`` leaves them out; dx is
+    ``[0]`` without dropout, where it equals dresidual.
     """
     needs_dbias, needs_dweight, needs_dln_bias = output_mask
+    dy = dy if dy2 is None else dy + dy2
     dhidden, dweight, dln_bias = _best("layer_norm", hidden).backward(
         dy, hidden, weight, mean, rstd, [True, needs_dweight, needs_dln_bias]
     )

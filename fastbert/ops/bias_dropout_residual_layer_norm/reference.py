@@ -48,6 +48,7 @@ def forward(
 
 def backward(
     dy: Tensor,
+    dy2: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     mean: Tensor,
@@ -58,10 +59,11 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """(dresidual ``[..., H]``, dx ``[..., H]``, dbias, dweight, dln_bias ``[H]``).
 
-    The last three are ``[0]`` where ``output_mask`` leaves them out; dx is ``[0]`` without dropout, where it equals
-    dresidual.
+    ``dy2`` is a second gradient of the output. The last three are ``[0]`` where ``output_mask`` leaves them out; dx is
+    ``[0]`` without dropout, where it equals dresidual.
     """
     dtype = mean.dtype
+    dy = dy if dy2 is None else dy + dy2
     dhidden, dweight, dln_bias = formulas.layer_norm_grad(dy.to(dtype), hidden.to(dtype), weight.to(dtype), mean, rstd)
     dx = philox.hidden_dropout(dhidden, p, seed)
     empty = hidden.new_empty(0)

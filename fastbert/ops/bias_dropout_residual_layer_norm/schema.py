@@ -1,7 +1,8 @@
 """The ops ``fastbert::bias_dropout_residual_layer_norm`` and its backward.
 
 Without ``needs_backward`` a forward need not write what the backward would read: ``hidden``, ``mean`` and ``rstd`` are
-then ``[0]``.
+then ``[0]``. The backward adds up two gradients of the output, in its dtype, where there is a second one, ``dy2``: in
+BERT the output goes to the next product and to the next residual.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def _forward_fake(
 
 def _backward_fake(
     dy: Tensor,
+    dy2: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     mean: Tensor,
@@ -62,7 +64,7 @@ def _autograd(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     needs_dx, needs_dbias, needs_dresidual, needs_dweight, needs_dln_bias = ctx.needs_input_grad[:5]
     mask = (needs_dbias, needs_dweight, needs_dln_bias)
     dresidual, dx, *parameters = torch.ops.fastbert.bias_dropout_residual_layer_norm_bwd(
-        dy, hidden, weight, mean, rstd, ctx.p, seed, mask, ctx.impl
+        dy, None, hidden, weight, mean, rstd, ctx.p, seed, mask, ctx.impl
     )
     dbias, dweight, dln_bias = library.none_where_masked(parameters, mask)
     if seed is None:
@@ -86,7 +88,7 @@ library.define(
     forward="(Tensor x, Tensor? bias, Tensor residual, Tensor weight, Tensor ln_bias, float eps, float p, Tensor? seed,"
     " bool needs_backward, str impl) -> (Tensor out, Tensor hidden, Tensor mean, Tensor rstd)",
     forward_fake=_forward_fake,
-    backward="(Tensor dy, Tensor hidden, Tensor weight, Tensor mean, Tensor rstd, float p, Tensor? seed,"
+    backward="(Tensor dy, Tensor? dy2, Tensor hidden, Tensor weight, Tensor mean, Tensor rstd, float p, Tensor? seed,"
     " bool[3] output_mask, str impl)"
     " -> (Tensor dresidual, Tensor dx, Tensor dbias, Tensor dweight, Tensor dln_bias)",
     backward_fake=_backward_fake,

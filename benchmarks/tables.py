@@ -17,12 +17,45 @@ from typing import Any
 from benchmarks import harness
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "docs/performance.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/kernels.md")
 _MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def table(data: dict[str, Any]) -> str:
     """The Markdown table of one file of results."""
+    return _kernels(data) if "kernels" in data else _speeds(data)
+
+
+def _kernels(data: dict[str, Any]) -> str:
+    """Those of ``benchmarks.kernels``: one for each compute capability."""
+    lines = [f"Triton {data['environment']['versions']['triton']}."]
+    for capability in sorted({row["capability"] for row in data["kernels"]}):
+        lines += [
+            "",
+            f"<details><summary>Compute capability {capability / 10}</summary>",
+            "",
+            "| kernel | dtype | of | warps | registers | spilled bytes | shared memory | occupancy |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in data["kernels"]:
+            if row["capability"] == capability:
+                cells = [
+                    f"{row['op']}.{row['kernel']}", row["dtype"], row["what"], row["options"]["num_warps"],
+                    row["registers"], row["stack"], f"{row['shared'] / 1024:.1f} KiB", f"{row['occupancy']:.0%}",
+                ]  # fmt: skip
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+        for row in data["extension"]:
+            if row["capability"] == capability:
+                access = "16-byte accesses" if row["vector"] else "any alignment"
+                groups = "" if row["groups"] is None else f", {8 * row['groups']} columns a thread"
+                cells = [f"csrc {row['op']}.{row['kernel']}", row["dtype"], access + groups, "", row["registers"]]
+                lines.append("| " + " | ".join(map(str, [*cells, row["stack"], "", ""])) + " |")
+        lines += ["", "</details>"]
+    return "\n".join(lines) + "\n"
+
+
+def _speeds(data: dict[str, Any]) -> str:
+    """Those of ``benchmarks.model``."""
     environment = data["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items() if version)
     lines = [

@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One comparison: the largest error of ``what`` in ``test``, and the largest that was allowed."""
+
+    test: str
+    what: str
+    dtype: str
+    device: str
+    error: float
+    allowed: float
+
+
+RECORDS: list[Record] = []
+
+
+def _test() -> str:
+    return os.environ.get("PYTEST_CURRENT_TEST", "").removesuffix(" (call)")
 
 
 def results(
@@ -49,12 +70,13 @@ def check(
     exact_output, exact_gradients = results(oracle, {name: x.double() for name, x in tensors.items()}, dy.double())
     for name, function in actual.items():
         output, gradients = results(function, tensors, dy)
-        _compare(f"{name}: output", output, exact_output, eager_output, roundings)
+        compare(f"{name}: output", output, exact_output, eager_output, roundings)
         for argument, gradient in gradients.items():
-            _compare(f"{name}: {argument}", gradient, exact_gradients[argument], eager_gradients[argument], roundings)
+            compare(f"{name}: {argument}", gradient, exact_gradients[argument], eager_gradients[argument], roundings)
 
 
-def _compare(name: str, result: Tensor, exact: Tensor, baseline: Tensor, roundings: int) -> None:
+def compare(name: str, result: Tensor, exact: Tensor, baseline: Tensor, roundings: int = 1) -> None:
+    """Assert that ``result`` is at most twice as far from ``exact`` as ``baseline``, plus some rounding steps."""
     assert exact.dtype == torch.float64
     assert exact.isfinite().all(), f"{name}: the oracle is not finite"
     assert result.shape == exact.shape, f"{name} has shape {result.shape}, and the oracle's is {exact.shape}"
@@ -62,6 +84,7 @@ def _compare(name: str, result: Tensor, exact: Tensor, baseline: Tensor, roundin
         step = torch.finfo(result.dtype).eps * exact.abs().max().item()
         allowed = 2.0 * distance(baseline, exact) + roundings * step
         error = distance(result, exact)
+        RECORDS.append(Record(_test(), name, str(result.dtype), result.device.type, error, allowed))
         assert error <= allowed, f"{name} is off by {error:.3g}; {allowed:.3g} is allowed"
 
 

@@ -29,6 +29,11 @@ def options(kernel: str, shape_class: str) -> dict[str, int]:
     return dict(_options(kernel, shape_class, triton_utils.capability()))
 
 
+def row_class(hidden: int) -> str:
+    """The shape class of kernels that take rows of ``hidden`` elements whole."""
+    return next((f"H <= {bound}" for bound in (512, 768, 1024, 2048, 4096) if hidden <= bound), "H > 4096")
+
+
 @functools.cache
 def _options(kernel: str, shape_class: str, capability: int) -> dict[str, int]:
     entries = {int(key): value for key, value in table()[kernel][shape_class].items()}

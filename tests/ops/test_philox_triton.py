@@ -5,13 +5,16 @@ import torch
 
 from fastbert.backends import philox, select
 
-REASONS = list(select.needs_triton(select.Request("cpu", torch.float32)))
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REASONS = list(select.needs_triton(select.Request(DEVICE, torch.float32)))
 if REASONS:
     pytest.skip(f"{REASONS[0]}", allow_module_level=True)
 
 import triton.language as tl
 
 from fastbert.backends import triton_utils
+
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 SEEDS = (5, -12345678901234567, 2**62 + 7)
 
@@ -33,8 +36,8 @@ def _attention(out, seed, sequence, head, threshold, M: tl.constexpr, N: tl.cons
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("first", [0, 2**33, 2**40 + 64])
 def test_hidden(seed, first):
-    out = torch.full((64,), 9, dtype=torch.int8)
-    seed = torch.tensor([seed])
+    out = torch.full((64,), 9, dtype=torch.int8, device=DEVICE)
+    seed = torch.tensor([seed], device=DEVICE)
     _hidden[(1,)](out, seed, first // 8, philox.threshold(0.3), COUNT=64)
     assert torch.equal(out, (philox.hidden_draws(seed, 64, first) < philox.threshold(0.3)).to(torch.int8))
 
@@ -42,8 +45,8 @@ def test_hidden(seed, first):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize(("sequence", "head"), [(0, 0), (3, 2), (70_000, 11)])
 def test_attention(seed, sequence, head):
-    out = torch.full((16, 32), 9, dtype=torch.int8)
-    seed = torch.tensor([seed])
+    out = torch.full((16, 32), 9, dtype=torch.int8, device=DEVICE)
+    seed = torch.tensor([seed], device=DEVICE)
     _attention[(1,)](out, seed, sequence, head, philox.threshold(0.3), M=16, N=32)
-    expected = philox.attention_mask(seed, torch.tensor([sequence]), head + 1, 16, 32, 0.3)[0, head]
+    expected = philox.attention_mask(seed, torch.tensor([sequence], device=DEVICE), head + 1, 16, 32, 0.3)[0, head]
     assert torch.equal(out, expected.to(torch.int8))

@@ -1,9 +1,9 @@
 """Packed attention in Triton, forward and backward; the maths is in ``reference.py``.
 
-Up to ``_SHORT`` keys, one program has a whole sequence of one head in one block: each of its tokens is read once and
-each result written once, and the softmax needs no second look. Longer sequences are cut into blocks of queries, which
-loop over blocks of keys with the online softmax of Dao et al., arXiv:2205.14135, algorithm 1; only the block with the
-last key is masked.
+Up to a number of keys, ``KEYS`` of the launch table, one program has a whole sequence of one head in one block: each of
+its tokens is read once and each result written once, and the softmax needs no second look. Longer sequences are cut
+into blocks of queries, which loop over blocks of keys with the online softmax of Dao et al., arXiv:2205.14135,
+algorithm 1; only the block with the last key is masked.
 
 Nobody but the device knows the lengths, so the list of blocks is arithmetic: sequence ``b`` has the programs from
 ``cu_seqlens[b] // BLOCK + b`` on, which are at least as many as its blocks and at most one more, and a program finds
@@ -34,9 +34,6 @@ from torch import Tensor
 
 from fastbert.backends import launch, philox
 from fastbert.backends.triton_utils import attention_keep, dot, dot_precision, jit
-
-# The longest sequence that one program takes whole, by bytes of an element: beyond it registers run out.
-_SHORT = {2: 128, 4: 32}
 
 # Numbers that change from batch to batch: a kernel isn't compiled again for them.
 _COUNTS = ("rows", "heads", "sequences", "steps", "slots", "threshold")
@@ -353,10 +350,14 @@ def backward_dkv_kernel(
         )  # fmt: skip
 
 
-def _whole(max_seqlen: int, dtype: torch.dtype) -> int | None:
-    """The block that holds each sequence whole; None when they are too long."""
+def _shapes(dtype: torch.dtype, size: int) -> str:
+    return f"{8 * dtype.itemsize} bits, D <= {max(32, _block_d(size))}"
+
+
+def _whole(kernel: str, max_seqlen: int, dtype: torch.dtype, size: int) -> int | None:
+    """The block that holds each sequence whole; None when registers don't hold it."""
     block = max(16, int(triton.next_power_of_2(max_seqlen)))
-    return block if block <= _SHORT[dtype.itemsize] else None
+    return block if block <= launch.options(kernel, f"{_shapes(dtype, size)}, whole")["KEYS"] else None
 
 
 def _programs(cu_seqlens: Tensor, rows: int, block: int, whole: bool) -> tuple[int, int, int]:
@@ -379,7 +380,7 @@ def _block_d(size: int) -> int:
 def _options(kernel: str, dtype: torch.dtype, size: int, whole: int | None) -> dict[str, int]:
     """Block sizes, warps and stages from the launch table."""
     regime = "long" if whole is None else f"S <= {max(32, whole)}"
-    return launch.options(kernel, f"{8 * dtype.itemsize} bits, D <= {max(64, _block_d(size))}, {regime}")
+    return launch.options(kernel, f"{_shapes(dtype, size)}, {regime}")
 
 
 def forward(
@@ -392,7 +393,7 @@ def forward(
     if out.numel() == 0:
         return out, lse.zero_()
     qkv, cu_seqlens = _rows_of_heads(qkv), cu_seqlens.contiguous()
-    whole = _whole(max_seqlen, qkv.dtype)
+    whole = _whole("attention_forward", max_seqlen, qkv.dtype, size)
     options = _options("attention_forward", qkv.dtype, size, whole)
     if whole is not None:
         options |= {"BLOCK_M": whole, "BLOCK_N": whole}
@@ -423,7 +424,7 @@ def backward(
     if dqkv.numel() == 0:
         return dqkv
     dout, qkv, cu_seqlens = _rows_of_heads(dout), _rows_of_heads(qkv), cu_seqlens.contiguous()
-    whole = _whole(max_seqlen, qkv.dtype)
+    whole = _whole("attention_backward", max_seqlen, qkv.dtype, size)
     operands = (dout, *dout.stride()[:2], qkv, *qkv.stride()[:3])
     seed_or_any = cu_seqlens if seed is None else seed
     numbers = (scale, philox.threshold(dropout_p), philox.scale(dropout_p))

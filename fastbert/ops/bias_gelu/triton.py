@@ -17,12 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.backends import launch
 from fastbert.backends.triton_utils import jit, normal, rows_of
 
-# One block of threads: rows times columns, eight elements a thread in one row.
-_ROWS = 4
-_COLUMNS = 1024
-_WARPS = 4
 # Rows of the buffer of partial sums.
 _PARTIALS = 256
 
@@ -81,10 +78,11 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     if y.numel() == 0:
         return y
     flat = rows_of(x)
-    grid = (triton.cdiv(flat.shape[0], _ROWS), triton.cdiv(columns, _COLUMNS))
+    options = launch.options("bias_gelu_forward", "all")
+    grid = (triton.cdiv(flat.shape[0], options["ROWS"]), triton.cdiv(columns, options["COLUMNS"]))
     forward_kernel[grid](
         flat, flat.stride(0), flat if bias is None else bias.contiguous(), y, flat.shape[0], columns,
-        TANH=approximate == "tanh", HAS_BIAS=bias is not None, ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=_WARPS,
+        TANH=approximate == "tanh", HAS_BIAS=bias is not None, **options,
     )  # fmt: skip
     return y
 
@@ -97,15 +95,15 @@ def backward(
     columns = x.shape[-1]
     flat_dy, flat_x = rows_of(dy), rows_of(x)
     rows = flat_x.shape[0]
-    programs = min(triton.cdiv(rows, _ROWS), _PARTIALS)
+    options = launch.options("bias_gelu_backward", "all")
+    programs = min(triton.cdiv(rows, options["ROWS"]), _PARTIALS)
     dx = x.new_empty(x.shape if needs_dx else 0)
     partial = x.new_empty((programs, columns if needs_sum else 0), dtype=torch.float32)
     if x.numel() > 0 and (needs_dx or needs_sum):
-        backward_kernel[programs, triton.cdiv(columns, _COLUMNS)](
+        backward_kernel[programs, triton.cdiv(columns, options["COLUMNS"])](
             flat_dy, flat_dy.stride(0), flat_x, flat_x.stride(0), flat_x if bias is None else bias.contiguous(),
             dx, partial, rows, columns,
-            TANH=approximate == "tanh", HAS_BIAS=bias is not None, ROWS=_ROWS, COLUMNS=_COLUMNS,
-            NEEDS_DX=needs_dx, NEEDS_SUM=needs_sum, num_warps=_WARPS,
+            TANH=approximate == "tanh", HAS_BIAS=bias is not None, NEEDS_DX=needs_dx, NEEDS_SUM=needs_sum, **options,
         )  # fmt: skip
     dtype = x.dtype if bias is None else bias.dtype
     return dx, partial.sum(0).to(dtype) if needs_sum else x.new_empty(0, dtype=dtype)

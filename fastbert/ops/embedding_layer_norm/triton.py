@@ -34,19 +34,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastbert.backends import philox
+from fastbert.backends import launch, philox
 from fastbert.backends.triton_utils import hidden_keep, jit, pieces, rows_of
 
-# Up to this width a row belongs to one warp, and a program has as many tokens as warps.
-_NARROW = 768
-_ROWS = 4
 # Rows of the buffer of partial sums for weight and bias: several for each multiprocessor of the largest GPUs.
 _PARTIALS = 512
-# Tokens whose gradients one program adds up, and how many of them it loads at once. With 32k tokens of one id that is
+# Tokens whose gradients one program adds up, a few of them at once: with 32k tokens of one id and four at once that is
 # 16 loads after one another, and then 32 for the parts.
 _CHUNK = 64
-_CHUNK_ROWS = 4
-_SEGMENT_ROWS = 16
 # Numbers that change from batch to batch: a kernel isn't compiled again for them.
 _COUNTS = ("tokens", "chunks", "padding_idx", "threshold")
 
@@ -284,17 +279,6 @@ def segment_kernel(
             tl.store(dtable_row + rest, sums.to(dtable_ptr.dtype.element_ty), mask=rest < H)
 
 
-def _shape(hidden: int) -> tuple[int, int]:
-    """(tokens, warps) of a program."""
-    if hidden <= _NARROW:
-        return _ROWS, _ROWS
-    return 1, min(16, max(2, triton.next_power_of_2(hidden) // 512))
-
-
-def _chunk_warps(hidden: int) -> int:
-    return 1 if hidden <= _NARROW else _shape(hidden)[1]
-
-
 def _table_arguments(ids: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> list[Tensor | int]:
     """The ids, and each table with the stride of its rows."""
     arguments: list[Tensor | int] = [x.contiguous() for x in ids]
@@ -320,12 +304,13 @@ def _table_gradient(dhidden: Tensor, ids: Tensor, table: Tensor, padding_idx: in
     block, rest = pieces(hidden)
     chunk_kernel[(tokens,)](
         sorted_ids, order, dhidden, dtable, parts, tokens, padding_idx,
-        H=hidden, CHUNK=_CHUNK, ROWS=_CHUNK_ROWS, BLOCK=block, REST=rest, num_warps=_chunk_warps(hidden),
+        H=hidden, CHUNK=_CHUNK, BLOCK=block, REST=rest, **launch.options("embedding_chunk", launch.row_class(hidden)),
     )  # fmt: skip
     if chunks > 1:
         segment_kernel[(chunks - 1,)](
             sorted_ids, parts, dtable, chunks, padding_idx,
-            H=hidden, CHUNK=_CHUNK, ROWS=_SEGMENT_ROWS, BLOCK=block, REST=rest, HEADS=1024, num_warps=8,
+            H=hidden, CHUNK=_CHUNK, BLOCK=block, REST=rest, HEADS=1024,
+            **launch.options("embedding_segment", launch.row_class(hidden)),
         )  # fmt: skip
     return dtable
 
@@ -353,11 +338,11 @@ def forward(
         return y, mean, rstd
     ids, tables = (input_ids, position_ids, token_type_ids), (word, position, token_type)
     block, rest = pieces(hidden)
-    rows_each, num_warps = _shape(hidden)
-    forward_kernel[(triton.cdiv(tokens, rows_each),)](
+    options = launch.options("embedding_forward", launch.row_class(hidden))
+    forward_kernel[(triton.cdiv(tokens, options["ROWS"]),)](
         *_table_arguments(ids, tables), weight.contiguous(), bias.contiguous(), y, mean, rstd, tokens, eps,
         seed, philox.threshold(p), philox.scale(p),
-        H=hidden, ROWS=rows_each, BLOCK=block, REST=rest, DROPOUT=seed is not None, num_warps=num_warps,
+        H=hidden, BLOCK=block, REST=rest, DROPOUT=seed is not None, **options,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -385,8 +370,8 @@ def backward(
     ids, tables = (input_ids, position_ids, token_type_ids), (word, position, token_type)
     tokens, hidden = dy.shape
     needs_dhidden, needs_sums = any(output_mask[:3]), any(output_mask[3:])
-    rows_each, num_warps = _shape(hidden)
-    programs = min(triton.cdiv(tokens, rows_each), _PARTIALS)
+    options = launch.options("embedding_backward", launch.row_class(hidden))
+    programs = min(triton.cdiv(tokens, options["ROWS"]), _PARTIALS)
     dhidden = dy.new_empty((tokens if needs_dhidden else 0, hidden), dtype=word.dtype)
     partial = dy.new_empty((2, programs if needs_sums else 0, hidden), dtype=torch.float32)
     if tokens > 0 and (needs_dhidden or needs_sums):
@@ -395,8 +380,8 @@ def backward(
         backward_kernel[(programs,)](
             flat_dy, flat_dy.stride(0), *_table_arguments(ids, tables), weight.contiguous(), mean, rstd,
             dhidden, partial, tokens, seed, philox.threshold(p), philox.scale(p),
-            H=hidden, ROWS=rows_each, BLOCK=block, REST=rest, DROPOUT=seed is not None,
-            NEEDS_DHIDDEN=needs_dhidden, NEEDS_SUMS=needs_sums, num_warps=num_warps,
+            H=hidden, BLOCK=block, REST=rest, DROPOUT=seed is not None,
+            NEEDS_DHIDDEN=needs_dhidden, NEEDS_SUMS=needs_sums, **options,
         )  # fmt: skip
     dtables = (
         _table_gradient(dhidden, table_ids, table, skipped) if wanted else table.new_empty(0)

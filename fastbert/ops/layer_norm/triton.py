@@ -21,11 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastbert.backends import launch
 from fastbert.backends.triton_utils import jit, pieces, rows_of
 
-# Up to this width a row belongs to one warp, and a program has as many rows as warps.
-_NARROW = 768
-_ROWS = 4
 # Rows of the buffer of partial sums: several for each multiprocessor of the largest GPUs.
 _PARTIALS = 512
 
@@ -125,13 +123,6 @@ def backward_kernel(
             tl.store(bias_row + rest, tl.sum(dbias_rest, 0)[None, :], mask=rest < H)
 
 
-def _shape(hidden: int) -> tuple[int, int]:
-    """(rows, warps) of a program."""
-    if hidden <= _NARROW:
-        return _ROWS, _ROWS
-    return 1, min(16, max(2, triton.next_power_of_2(hidden) // 512))
-
-
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y ``[..., H]``, mean ``[..., 1]``, rstd ``[..., 1]``)."""
     hidden = x.shape[-1]
@@ -143,10 +134,10 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor
         return y, mean, rstd
     flat = rows_of(x)
     block, rest = pieces(hidden)
-    rows_each, num_warps = _shape(hidden)
-    forward_kernel[(triton.cdiv(rows, rows_each),)](
+    options = launch.options("layer_norm_forward", launch.row_class(hidden))
+    forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
         flat, flat.stride(0), weight.contiguous(), bias.contiguous(), y, mean, rstd, rows, eps,
-        H=hidden, ROWS=rows_each, BLOCK=block, REST=rest, num_warps=num_warps,
+        H=hidden, BLOCK=block, REST=rest, **options,
     )  # fmt: skip
     return y, mean, rstd
 
@@ -158,16 +149,15 @@ def backward(
     hidden, rows = x.shape[-1], mean.numel()
     needs_dx, needs_sums = output_mask[0], output_mask[1] or output_mask[2]
     dx = x.new_empty(x.shape if needs_dx else 0)
-    rows_each, num_warps = _shape(hidden)
-    programs = min(triton.cdiv(rows, rows_each), _PARTIALS)
+    options = launch.options("layer_norm_backward", launch.row_class(hidden))
+    programs = min(triton.cdiv(rows, options["ROWS"]), _PARTIALS)
     partial = x.new_empty((2, programs if needs_sums else 0, hidden), dtype=torch.float32)
     if x.numel() > 0 and (needs_dx or needs_sums):
         flat_dy, flat_x = rows_of(dy), rows_of(x)
         block, rest = pieces(hidden)
         backward_kernel[(programs,)](
             flat_dy, flat_dy.stride(0), flat_x, flat_x.stride(0), weight.contiguous(), mean, rstd, dx, partial, rows,
-            H=hidden, ROWS=rows_each, BLOCK=block, REST=rest, NEEDS_DX=needs_dx, NEEDS_SUMS=needs_sums,
-            num_warps=num_warps,
+            H=hidden, BLOCK=block, REST=rest, NEEDS_DX=needs_dx, NEEDS_SUMS=needs_sums, **options,
         )  # fmt: skip
     sums = partial.sum(1).to(weight.dtype)
     dweight, dbias = (sums[i].clone() if output_mask[1 + i] else weight.new_empty(0) for i in range(2))

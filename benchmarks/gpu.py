@@ -1,0 +1,105 @@
+"""Run every test that needs a GPU, print a summary, and keep the results.
+
+    make gpu                     builds the extension first
+    python -m benchmarks.gpu     with an extension that is built
+
+Writes ``results/gpu.json``: the device and versions, the counts, and for each implementation, quantity and dtype the
+parity check that came nearest to its bound. On a machine without a GPU all of these tests are skipped; nothing is
+written, and that is no failure.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+
+ROOT = Path(__file__).parent.parent
+SECONDS = 900
+
+
+def _nearest(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Of all checks of a quantity in a dtype, the one with the largest share of what was allowed."""
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for record in records:
+        test = record["test"].rpartition("::")[2].partition("[")[0]
+        share = record["error"] / record["allowed"] if record["allowed"] else float(record["error"] > 0)
+        key = (test, record["what"], record["dtype"])
+        checks = found[key]["checks"] + 1 if key in found else 1
+        if key not in found or share > found[key]["share"]:
+            found[key] = {**record, "share": share}
+        found[key]["checks"] = checks
+    return [found[key] for key in sorted(found)]
+
+
+def _outcomes(report: Path) -> tuple[Counter[str], list[str], Counter[str]]:
+    """Counts by outcome, the names of what failed, and how often each reason for skipping was given."""
+    counts: Counter[str] = Counter()
+    failed, skipped = [], Counter[str]()
+    for case in ElementTree.parse(report).iter("testcase"):
+        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+        counts[outcome] += 1
+        if outcome in ("failure", "error"):
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+        elif outcome == "skipped":
+            skipped[str(case.find("skipped").get("message"))] += 1  # type: ignore[union-attr]
+    return counts, failed, skipped
+
+
+def main() -> int:
+    """Run them; the exit code is 1 if one failed."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    with tempfile.TemporaryDirectory() as folder:
+        report, parity = Path(folder) / "report.xml", Path(folder) / "parity.json"
+        command = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", "--durations=10"]
+        start = time.perf_counter()
+        subprocess.run(
+            [*command, f"--junit-xml={report}", f"--parity-json={parity}"], cwd=ROOT, check=False, timeout=SECONDS
+        )
+        seconds = time.perf_counter() - start
+        counts, failed, skipped = _outcomes(report)
+        records = json.loads(parity.read_text(encoding="utf-8"))
+    print(f"\n{device or 'no GPU'}: {', '.join(f'{number} {outcome}' for outcome, number in counts.items())}")
+    for reason, number in skipped.items():
+        print(f"skipped {number}: {reason}")
+    for name in failed:
+        print("failed:", name)
+    if device is None:
+        print("nothing has been tested: that takes a CUDA device")
+        return 1 if failed else 0
+    nearest = _nearest(records)
+    closest = max(nearest, key=lambda record: record["share"], default=None)
+    if closest is not None:
+        print(
+            f"{len(records)} parity checks; the nearest to its bound is off by {closest['error']:.3g} of "
+            f"{closest['allowed']:.3g}: {closest['what']} in {closest['test']}"
+        )
+    data = {
+        "device": device,
+        "capability": list(torch.cuda.get_device_capability()),
+        "cuda": torch.version.cuda,
+        "environment": harness.environment(),
+        "seconds": round(seconds),
+        "counts": counts,
+        "failed": failed,
+        "skipped": skipped,
+        "parity": nearest,
+    }
+    path = harness.RESULTS / "gpu.json"
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path.relative_to(ROOT)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,399 @@
+"""What the compilers make of the kernels, without a GPU: registers, spills, shared memory, instructions.
+
+    python -m benchmarks.kernels
+
+Every Triton kernel is compiled ahead of time at each configuration that BERT-base, BERT-large and MiniLM launch, for
+compute capabilities 80, 90 and 100, and the machine code is read; so is that of the extension, which must have been
+built with CUDA. The launches are those of the ops themselves, called on tensors without memory and recorded in place of
+being run. Writes ``results/kernels.json`` and, from it, the table of docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks import harness, tables
+from fastbert.backends import extension
+
+CAPABILITIES = (80, 90, 100)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a model: hidden and intermediate features, heads."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+
+
+MODELS = {
+    "BERT-base": Shape(768, 3072, 12),
+    "BERT-large": Shape(1024, 4096, 16),
+    "MiniLM-L6": Shape(384, 1536, 12),
+}
+
+# Of the recorded launches; no kernel is compiled for a number of tokens.
+TOKENS = 8185
+# The longest sequences: one for each regime of attention.
+MAX_SEQLENS = (32, 64, 128, 512)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of one multiprocessor and of one block of threads, from the CUDA C++ programming guide, "Technical
+
+    Specifications per Compute Capability": shared memory in bytes, 64 K registers, resident warps and blocks.
+    """
+
+    shared: int
+    shared_block: int
+    warps: int = 64
+    blocks: int = 32
+    registers: int = 65_536
+
+
+LIMITS = {
+    80: Limits(shared=164 * 1024, shared_block=163 * 1024),
+    90: Limits(shared=228 * 1024, shared_block=227 * 1024),
+    100: Limits(shared=228 * 1024, shared_block=227 * 1024),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One compilation: a kernel, the types of its arguments, what is known of their values, and its options."""
+
+    op: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, int], ...]
+
+    @property
+    def dtype(self) -> str:
+        """Triton's name of the dtype of its first pointer."""
+        return next(kind[1:] for _, kind in self.signature if kind in ("*fp32", "*fp16", "*bf16"))
+
+    def describe(self) -> str:
+        """The constants that aren't evident from others, in a few words."""
+        words = []
+        for name, value in self.constants:
+            if value is True:
+                words.append(name)
+            elif name not in ("BLOCK_D", "PRECISION") and value is not None and value is not False:
+                words.append(f"{name}={value}")
+        return ", ".join(words)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compiled kernel needs, and its instructions by name (``LDG.128``, ``HMMA`` ...)."""
+
+    launch: Launch
+    capability: int
+    registers: int
+    stack: int
+    shared: int
+    warps: int
+    instructions: dict[str, int]
+
+    @property
+    def occupancy(self) -> float:
+        """The share of the multiprocessor's warps that fit at once."""
+        limits = LIMITS[self.capability]
+        # Registers are handed out to warps in units of 256.
+        registers = math.ceil(self.registers * 32 / 256) * 256 * self.warps
+        shared = self.shared + 1024  # what the system keeps for itself of each block
+        blocks = min(limits.blocks, limits.warps // self.warps, limits.registers // registers, limits.shared // shared)
+        return blocks * self.warps / limits.warps
+
+
+def launches(op: str, calls: Callable[[Any], None], capability: int) -> list[Launch]:
+    """The distinct launches that ``calls``, given the op's Triton module, makes on a device of ``capability``."""
+    from triton.runtime.jit import JITFunction
+
+    from fastbert.backends import triton_utils
+
+    found: dict[Launch, None] = {}
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        found[_launch(op, kernel, args, kwargs)] = None
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(triton_utils, "capability", return_value=capability),
+        mock.patch.object(triton_utils, "interpreted", return_value=False),
+    ):
+        calls(importlib.import_module(f"fastbert.ops.{op}.triton"))
+    return list(found)
+
+
+def _launch(op: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """As Triton's own launcher: None and the number 1 become constants, multiples of 16 are remembered as such."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    signature, constants, divisible = [], [], []
+    for index, parameter in enumerate(kernel.params):
+        value = values.pop(parameter.name)
+        kind = "constexpr"
+        if isinstance(value, Tensor):
+            kind = f"*{_POINTERS[value.dtype]}"
+            if value.storage_offset() * value.itemsize % 16 == 0:
+                divisible.append(index)
+        elif isinstance(value, float) and not parameter.is_constexpr:
+            kind = "fp32"
+        elif isinstance(value, int) and not parameter.is_constexpr and (parameter.do_not_specialize or value != 1):
+            kind = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and not parameter.do_not_specialize:
+                divisible.append(index)
+        if kind == "constexpr":
+            constants.append((parameter.name, value))
+        signature.append((parameter.name, kind))
+    name = f"{kernel.fn.__name__}"
+    return Launch(op, name, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(values.items())))
+
+
+_POINTERS = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+def compile_launch(launch: Launch, capability: int) -> Report:
+    """Compile, and read the machine code."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"fastbert.ops.{launch.op}.triton"), launch.kernel)
+    names = [name for name, _ in launch.signature]
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(launch.signature),
+        constexprs={(names.index(name),): value for name, value in launch.constants},
+        attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", cubin.name)
+        code = _tool("nvdisasm", "-c", cubin.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found is not None, usage
+    return Report(
+        launch,
+        capability,
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared=compiled.metadata.shared,
+        warps=compiled.metadata.num_warps,
+        instructions=_instructions(code),
+    )
+
+
+def _tool(name: str, *args: str) -> str:
+    """What one of the CUDA tools that Triton brings along prints."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([path, *args], capture_output=True, text=True, check=True).stdout
+
+
+def _instructions(code: str) -> dict[str, int]:
+    """Accesses to global memory by width (LDG, STG; LDGSTS copies to shared memory), to the stack, and products."""
+    counts: Counter[str] = Counter()
+    for name in re.findall(r"\b(?:LDG|STG|LDGSTS|LDL|STL|HMMA|HGMMA|UTCHMMA|FFMA2?)(?:\.\w+)*", code):
+        stem, *modifiers = name.split(".")
+        if stem in ("LDG", "STG", "LDGSTS"):
+            width = next((m for m in modifiers if m in ("64", "128", "256", "U8", "U16", "S8", "S16")), "32")
+            stem = f"{stem}.{width}"
+        counts[stem] += 1
+    return dict(counts)
+
+
+def _attention(shape: Shape, dtype: torch.dtype, module: Any) -> None:
+    size = shape.hidden // shape.heads
+    qkv = torch.empty(TOKENS, 3, shape.heads, size, dtype=dtype, device="meta")
+    out = torch.empty(TOKENS, shape.heads, size, dtype=dtype, device="meta")
+    lse = torch.empty(shape.heads, TOKENS, device="meta")
+    cu_seqlens = torch.empty(17, dtype=torch.int32, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    for max_seqlen in MAX_SEQLENS:
+        for p, s in ((0.0, None), (0.1, seed)):
+            module.forward(qkv, cu_seqlens, max_seqlen, 0.125, p, s)
+            module.backward(out, qkv, out, lse, cu_seqlens, max_seqlen, 0.125, p, s)
+
+
+def _layer_norm(shape: Shape, dtype: torch.dtype, module: Any) -> None:
+    x = torch.empty(TOKENS, shape.hidden, dtype=dtype, device="meta")
+    mean = torch.empty(TOKENS, 1, device="meta")
+    module.forward(x, x[0], x[0], 1e-12)
+    module.backward(x, x, x[0], mean, mean, [True, True, True])
+
+
+def _bias_gelu(shape: Shape, dtype: torch.dtype, module: Any) -> None:
+    x = torch.empty(TOKENS, shape.intermediate, dtype=dtype, device="meta")
+    for approximate in ("none", "tanh"):
+        module.forward(x, x[0], approximate)
+        module.backward(x, x, x[0], approximate, [True, True])
+
+
+def _linear_gelu(shape: Shape, dtype: torch.dtype, module: Any) -> None:
+    weight = torch.empty(shape.intermediate, shape.hidden, dtype=dtype, device="meta")
+    for tokens in (TOKENS, 100):
+        x = torch.empty(tokens, shape.hidden, dtype=dtype, device="meta")
+        for needs_hidden in (False, True):
+            module.forward(x, weight, weight[:, 0], "none", needs_hidden)
+
+
+def _embedding_layer_norm(shape: Shape, dtype: torch.dtype, module: Any) -> None:
+    ids = (torch.empty(TOKENS, dtype=torch.int64, device="meta"),) * 3
+    tables = [torch.empty(rows, shape.hidden, dtype=dtype, device="meta") for rows in (30_522, 512, 2)]
+    y = torch.empty(TOKENS, shape.hidden, dtype=dtype, device="meta")
+    mean = torch.empty(TOKENS, 1, device="meta")
+    seed = torch.empty(1, dtype=torch.int64, device="meta")
+    for p, s in ((0.0, None), (0.1, seed)):
+        module.forward(*ids, *tables, y[0], y[0], 1e-12, p, s, 0)
+        module.backward(y, *ids, *tables, y[0], mean, mean, p, s, 0, [True] * 5)
+
+
+CALLS: dict[str, Callable[..., None]] = {
+    "attention": _attention,
+    "layer_norm": _layer_norm,
+    "bias_gelu": _bias_gelu,
+    "linear_gelu": _linear_gelu,
+    "embedding_layer_norm": _embedding_layer_norm,
+}
+
+
+def all_launches(capability: int) -> list[Launch]:
+    """Those of every op, at the shapes of the models."""
+    found: dict[Launch, None] = {}
+    for op, call in CALLS.items():
+        for shape in MODELS.values():
+            for dtype in DTYPES:
+                found |= dict.fromkeys(launches(op, functools.partial(call, shape, dtype), capability))
+    return list(found)
+
+
+def _compile(job: tuple[Launch, int]) -> Report:
+    return compile_launch(*job)
+
+
+def reports(jobs: list[tuple[Launch, int]]) -> list[Report]:
+    """Compile launches for capabilities, on all cores."""
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        return pool.map(_compile, jobs, chunksize=1)
+
+
+@dataclass(frozen=True)
+class ExtensionReport:
+    """What a kernel of ``csrc/`` needs. ``vector``: its rows allow 16-byte accesses; ``groups``: of 8 for a thread."""
+
+    op: str
+    kernel: str
+    dtype: str
+    vector: bool
+    groups: int | None
+    capability: int
+    registers: int
+    stack: int
+    instructions: dict[str, int]
+
+
+def extension_reports(library: Path, capability: int) -> list[ExtensionReport]:
+    """Read the kernels of a built ``fastbert._C``; none where it was built without CUDA or not for ``capability``."""
+    architecture = f"sm_{capability}"
+    usage = _tool("cuobjdump", "--dump-resource-usage", "--gpu-architecture", architecture, str(library))
+    code = _tool("cuobjdump", "--dump-sass", "--gpu-architecture", architecture, str(library))
+    functions = dict(re.findall(r"Function : (\S+)\n(.*?)(?=\t\tFunction : |\Z)", code, flags=re.DOTALL))
+    found = []
+    for name, registers, stack in re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", usage):
+        # As the compiler mangles fastbert::<op>::(anonymous)::<kernel><dtype, vector, groups>.
+        parts = re.match(r"_ZN8fastbert\d+([a-z_]+?)\d+_GLOBAL__N__.*?\d\d([a-z_]+_kernel)I(.*?)EEv", name)
+        assert parts is not None, name
+        arguments = parts[3] + "E"
+        groups = re.search(r"Li(\d+)E", arguments)
+        found.append(
+            ExtensionReport(
+                op=parts[1],
+                kernel=parts[2],
+                dtype={"Half": "fp16", "BFloat16": "bf16"}.get(
+                    "".join(re.findall(r"Half|BFloat16", arguments)), "fp32"
+                ),
+                vector="Lb1E" in arguments,
+                groups=int(groups[1]) if groups else None,
+                capability=capability,
+                registers=int(registers),
+                stack=int(stack),
+                instructions=_instructions(functions[name]),
+            )
+        )
+    return found
+
+
+def _row(report: Report) -> dict[str, Any]:
+    launch = report.launch
+    return {
+        "op": launch.op,
+        "kernel": launch.kernel,
+        "dtype": launch.dtype,
+        "what": launch.describe(),
+        "options": dict(launch.options),
+        "capability": report.capability,
+        "registers": report.registers,
+        "stack": report.stack,
+        "shared": report.shared,
+        "occupancy": report.occupancy,
+        "instructions": report.instructions,
+    }
+
+
+def main() -> None:
+    """Compile everything and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    jobs = [(launch, capability) for capability in CAPABILITIES for launch in all_launches(capability)]
+    print(f"compiling {len(jobs)} kernels", flush=True)
+    rows = [_row(report) for report in reports(jobs)]
+    if reason := extension.missing_cuda():
+        raise SystemExit(f"the CUDA kernels of the extension can't be read: {reason}")
+    library = Path(str(extension.module().__file__))
+    extension_rows = [
+        dataclasses.asdict(report) for capability in CAPABILITIES for report in extension_reports(library, capability)
+    ]
+    data = {"environment": harness.environment(), "kernels": rows, "extension": extension_rows}
+    (harness.RESULTS / "kernels.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    tables.main()
+
+
+if __name__ == "__main__":
+    main()

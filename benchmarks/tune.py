@@ -1,0 +1,346 @@
+"""Find the launch configurations of the Triton kernels and write them to fastbert/backends/launch.toml.
+
+    python -m benchmarks.tune                                          on a GPU
+    python -m benchmarks.tune --capability 80 --capability 90 ...      without one
+
+A configuration has to compile without spills and within the shared memory of a block, at every shape of its class and
+with dropout on and off. On a GPU, those that do are timed, and the fastest is taken. Without one, an entry for the very
+capability stays if it is valid; otherwise the first valid candidate takes its place. ``--kernel`` and ``--shape-class``
+restrict the search to names that contain them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib
+import itertools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks import kernels
+from fastbert.backends import launch, triton_utils
+
+TABLE = Path(launch.__file__).with_suffix(".toml")
+HEADER = "# kernel, shape class, lowest compute capability -> options; see launch.py.\n"
+TOKENS = 16_384
+HEADS = 12
+VOCABULARY = 30_522
+
+Options = dict[str, int]
+Call = Callable[[torch.device], Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of the table: its candidates, best guess first, and calls of its op that launch it.
+
+    A call takes a device, makes its tensors there, and returns what is to be timed.
+    """
+
+    kernel: str
+    shape_class: str
+    op: str
+    function: str
+    candidates: tuple[Options, ...]
+    calls: tuple[Call, ...]
+
+
+def _attention(
+    size: int, dtype: torch.dtype, max_seqlen: int, dropout_p: float, backward: bool, device: torch.device
+) -> Callable[[], object]:
+    module = importlib.import_module("fastbert.ops.attention.triton")
+    qkv = torch.empty(TOKENS, 3, HEADS, size, dtype=dtype, device=device).normal_()
+    cu_seqlens = torch.arange(0, TOKENS + 1, max_seqlen, dtype=torch.int32, device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout_p > 0.0 else None
+    arguments = (cu_seqlens, max_seqlen, size**-0.5, dropout_p, seed)
+    if not backward:
+        return lambda: module.forward(qkv, *arguments)
+    out, lse = module.forward(qkv, *arguments)
+    return lambda: module.backward(out, qkv, out, lse, *arguments)
+
+
+def _layer_norm(hidden: int, dtype: torch.dtype, backward: bool, device: torch.device) -> Callable[[], object]:
+    module = importlib.import_module("fastbert.ops.layer_norm.triton")
+    x = torch.empty(TOKENS, hidden, dtype=dtype, device=device).normal_()
+    mean = torch.zeros(TOKENS, 1, device=device)
+    if not backward:
+        return lambda: module.forward(x, x[0], x[0], 1e-12)
+    return lambda: module.backward(x, x, x[0], mean, mean, [True, True, True])
+
+
+def _embedding(
+    hidden: int, dtype: torch.dtype, dropout_p: float, backward: bool, device: torch.device
+) -> Callable[[], object]:
+    module = importlib.import_module("fastbert.ops.embedding_layer_norm.triton")
+    sizes = (VOCABULARY, 512, 2)
+    ids = [torch.zeros(TOKENS, dtype=torch.int64, device=device).random_(rows) for rows in sizes]
+    tables = [torch.empty(rows, hidden, dtype=dtype, device=device).normal_() for rows in sizes]
+    y = torch.empty(TOKENS, hidden, dtype=dtype, device=device).normal_()
+    mean = torch.zeros(TOKENS, 1, device=device)
+    seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout_p > 0.0 else None
+    if not backward:
+        return lambda: module.forward(*ids, *tables, y[0], y[0], 1e-12, dropout_p, seed, 0)
+    return lambda: module.backward(y, *ids, *tables, y[0], mean, mean, dropout_p, seed, 0, [True] * 5)
+
+
+def _bias_gelu(
+    columns: int, dtype: torch.dtype, approximate: str, backward: bool, device: torch.device
+) -> Callable[[], object]:
+    module = importlib.import_module("fastbert.ops.bias_gelu.triton")
+    x = torch.empty(TOKENS, columns, dtype=dtype, device=device).normal_()
+    if not backward:
+        return lambda: module.forward(x, x[0], approximate)
+    return lambda: module.backward(x, x, x[0], approximate, [True, True])
+
+
+def _linear_gelu(
+    hidden: int, dtype: torch.dtype, tokens: int, needs_hidden: bool, device: torch.device
+) -> Callable[[], object]:
+    module = importlib.import_module("fastbert.ops.linear_gelu.triton")
+    x = torch.empty(tokens, hidden, dtype=dtype, device=device).normal_()
+    weight = torch.empty(4 * hidden, hidden, dtype=dtype, device=device).normal_()
+    return lambda: module.forward(x, weight, weight[:, 0].contiguous(), "none", needs_hidden)
+
+
+def _tiles(names: tuple[str, ...], *values: tuple[int, ...]) -> tuple[Options, ...]:
+    return tuple(dict(zip(names, value, strict=True)) for value in values)
+
+
+_WHOLE = functools.partial(_tiles, ("num_warps", "num_stages"))
+_ATTENTION = functools.partial(_tiles, ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
+_LINEAR = functools.partial(_tiles, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"))
+_ROWS = functools.partial(_tiles, ("ROWS", "num_warps"))
+_BLOCKS = functools.partial(_tiles, ("ROWS", "COLUMNS", "num_warps"))
+
+_FORWARD_LONG = {
+    16: _ATTENTION((128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2),
+                   (128, 32, 4, 3), (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2),
+                   (64, 64, 8, 2), (64, 32, 8, 2)),
+    32: _ATTENTION((64, 32, 4, 2), (64, 16, 4, 2), (64, 16, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 2),
+                   (32, 16, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2)),
+}  # fmt: skip
+# The block that stays is [BLOCK_M] queries for dq and [BLOCK_N] keys for dk and dv.
+_BACKWARD_LONG = {
+    16: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2),
+         (32, 32, 4, 2), (32, 32, 8, 2)),
+    32: ((32, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2), (32, 16, 4, 2), (16, 32, 8, 2), (16, 32, 4, 2),
+         (16, 16, 4, 2), (16, 16, 8, 2)),
+}  # fmt: skip
+_DTYPES = {16: torch.bfloat16, 32: torch.float32}
+
+
+def _attention_targets() -> Iterator[Target]:
+    for bits, size in itertools.product(_DTYPES, (32, 64, 128)):
+
+        def calls(max_seqlen: int, backward: bool, bits: int = bits, size: int = size) -> tuple[Call, ...]:
+            return tuple(
+                functools.partial(_attention, size, _DTYPES[bits], max_seqlen, p, backward) for p in (0.1, 0.0)
+            )
+
+        name = f"{bits} bits, D <= {size}"
+        for keys in (32, 64, 128) if bits == 16 else (32,):
+            shape_class = f"{name}, S <= {keys}"
+            # From 64 keys on wgmma can be used, which takes four warps at least.
+            fewest = {32: 1, 64: 4, 128: 8}[keys] if bits == 16 else 4
+            forward = _WHOLE(*((fewest * factor, 1) for factor in (1, 2, 4) if fewest * factor <= 16))
+            fewest = max(2, fewest)
+            backward = _WHOLE(*((fewest * factor, 1) for factor in (1, 2, 4) if fewest * factor <= 16))
+            yield Target("attention_forward", shape_class, "attention", "forward_kernel", forward, calls(keys, False))
+            yield Target(
+                "attention_backward", shape_class, "attention", "backward_short_kernel", backward, calls(keys, True)
+            )
+        shape_class = f"{name}, long"
+        yield Target(
+            "attention_forward", shape_class, "attention", "forward_kernel", _FORWARD_LONG[bits], calls(512, False)
+        )
+        dq = _ATTENTION(*_BACKWARD_LONG[bits])
+        dkv = _ATTENTION(*((other, stays, warps, stages) for stays, other, warps, stages in _BACKWARD_LONG[bits]))
+        yield Target("attention_backward_dq", shape_class, "attention", "backward_dq_kernel", dq, calls(512, True))
+        yield Target("attention_backward_dkv", shape_class, "attention", "backward_dkv_kernel", dkv, calls(512, True))
+
+
+def _row_targets() -> Iterator[Target]:
+    widths = {
+        "H <= 512": (384,),
+        "H <= 768": (768,),
+        "H <= 1024": (1024,),
+        "H <= 2048": (2048,),
+        "H <= 4096": (4096,),
+        "H > 4096": (8192,),
+    }
+    candidates = {
+        "H <= 512": _ROWS((8, 4), (16, 8), (4, 2), (4, 4), (2, 1)),
+        "H <= 768": _ROWS((4, 4), (8, 8), (2, 4), (4, 8), (1, 2), (1, 1), (1, 4)),
+        "H <= 1024": _ROWS((1, 2), (1, 4), (4, 4), (4, 8), (2, 4)),
+        "H <= 2048": _ROWS((1, 4), (1, 8), (1, 2)),
+        "H <= 4096": _ROWS((1, 8), (1, 16), (1, 4)),
+        "H > 4096": _ROWS((1, 16), (1, 8), (1, 32)),
+    }
+    for (name, sizes), dtypes in itertools.product(widths.items(), [tuple(_DTYPES.values())]):
+        for backward in (False, True):
+            calls = tuple(functools.partial(_layer_norm, h, d, backward) for h in sizes for d in dtypes)
+            direction = "backward" if backward else "forward"
+            yield Target(f"layer_norm_{direction}", name, "layer_norm", f"{direction}_kernel", candidates[name], calls)
+            calls = tuple(
+                functools.partial(_embedding, h, d, p, backward) for h in sizes for d in dtypes for p in (0.1, 0.0)
+            )
+            yield Target(
+                f"embedding_{direction}", name, "embedding_layer_norm", f"{direction}_kernel", candidates[name], calls
+            )
+        calls = tuple(functools.partial(_embedding, h, d, 0.0, True) for h in sizes for d in dtypes)
+        warps = min(16, max(1, 512 * max(sizes) // 2**18))
+        chunk = _ROWS(*((rows, factor * warps) for factor in (1, 2) for rows in (4, 8, 2)))
+        yield Target("embedding_chunk", name, "embedding_layer_norm", "chunk_kernel", chunk, calls)
+        segment = _ROWS((16, 8), (16, 16), (8, 8), (4, 8), (2, 8))
+        yield Target("embedding_segment", name, "embedding_layer_norm", "segment_kernel", segment, calls)
+
+
+def _product_targets() -> Iterator[Target]:
+    for backward in (False, True):
+        calls = tuple(
+            functools.partial(_bias_gelu, columns, dtype, approximate, backward)
+            for columns in (1536, 3072, 4096)
+            for dtype in _DTYPES.values()
+            for approximate in ("none", "tanh")
+        )
+        direction = "backward" if backward else "forward"
+        blocks = _BLOCKS((4, 1024, 4), (2, 1024, 4), (1, 1024, 4), (8, 512, 4), (4, 512, 4), (2, 1024, 8), (1, 1024, 2))
+        yield Target(f"bias_gelu_{direction}", "all", "bias_gelu", f"{direction}_kernel", blocks, calls)
+    large = {
+        16: _LINEAR(
+            (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 256, 64, 8, 3), (128, 64, 64, 4, 4), (128, 64, 32, 4, 4)
+        ),
+        32: _LINEAR(
+            (128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 64, 16, 4, 3)
+        ),
+    }  # fmt: skip
+    small = {
+        16: _LINEAR((64, 64, 64, 4, 4), (64, 64, 64, 4, 3), (64, 64, 32, 4, 4), (64, 32, 64, 4, 4), (32, 64, 64, 4, 4)),
+        32: _LINEAR((64, 64, 32, 4, 3), (64, 32, 32, 4, 3), (32, 32, 32, 4, 3), (64, 64, 16, 4, 3)),
+    }
+    for bits, dtype in _DTYPES.items():
+        for name, candidates, tokens in (("large", large[bits], TOKENS), ("small", small[bits], 64)):
+            calls = tuple(
+                functools.partial(_linear_gelu, hidden, dtype, tokens, needs_hidden)
+                for hidden in (384, 768, 1024)
+                for needs_hidden in (True, False)
+            )
+            yield Target("linear_gelu", f"{bits} bits, {name}", "linear_gelu", "forward_kernel", candidates, calls)
+
+
+def targets() -> list[Target]:
+    """Every row of the table."""
+    return [*_attention_targets(), *_product_targets(), *_row_targets()]
+
+
+def _with(target: Target, options: Options) -> Any:
+    """Make ``target`` launch with ``options``, in place of the table's."""
+    original = launch.options
+
+    def patched(kernel: str, shape_class: str) -> Options:
+        if (kernel, shape_class) == (target.kernel, target.shape_class):
+            return dict(options)
+        return original(kernel, shape_class)
+
+    return mock.patch.object(launch, "options", patched)
+
+
+def _valid(job: tuple[int, Options, int]) -> bool:
+    """Whether the configuration compiles within the limits of the capability wherever its class is launched."""
+    index, options, capability = job
+    target = targets()[index]
+    meta = torch.device("meta")
+    found: dict[kernels.Launch, None] = {}
+    with _with(target, options):
+        for call in target.calls:
+            recorded = kernels.launches(target.op, lambda _, call=call: call(meta)(), capability)
+            found |= dict.fromkeys(x for x in recorded if x.kernel == target.function)
+    for one in found:
+        report = kernels.compile_launch(one, capability)
+        if report.stack > 0 or report.shared > kernels.LIMITS[capability].shared_block:
+            return False
+    return True
+
+
+def _seconds(target: Target, options: Options) -> float:
+    """The sum of the medians of the target's calls on the present GPU."""
+    from triton.testing import do_bench
+
+    with _with(target, options):
+        return sum(do_bench(call(torch.device("cuda")), return_mode="median") for call in target.calls) / 1000.0
+
+
+def write(table: dict[str, dict[str, dict[str, Options]]]) -> None:
+    """Write the whole table, one line for each shape class."""
+    lines = [HEADER]
+    for kernel, classes in table.items():
+        lines.append(f"\n[{kernel}]\n")
+        for shape_class, entries in classes.items():
+            parts = []
+            for capability, options in sorted(entries.items(), key=lambda item: int(item[0])):
+                inner = ", ".join(f"{name} = {value}" for name, value in options.items())
+                parts.append(f"{capability} = {{ {inner} }}")
+            lines.append(f'"{shape_class}" = {{ {", ".join(parts)} }}\n')
+    TABLE.write_text("".join(lines), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, action="append", choices=kernels.CAPABILITIES)
+    parser.add_argument("--kernel", default="")
+    parser.add_argument("--shape-class", default="")
+    args = parser.parse_args()
+    measured = not args.capability
+    if measured and not torch.cuda.is_available():
+        parser.error("there is no CUDA device: name a --capability to choose by what compiles")
+    capabilities = args.capability or [triton_utils.capability()]
+    table = launch.table()
+    with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
+        for index, target in enumerate(targets()):
+            if args.kernel not in target.kernel or args.shape_class not in target.shape_class:
+                continue
+            for capability in sorted(capabilities):
+                _choose(table, index, target, capability, measured, pool)
+                write(table)
+
+
+def _choose(table: Any, index: int, target: Target, capability: int, measured: bool, pool: Any) -> None:
+    entries = table[target.kernel][target.shape_class]
+    present = entries.get(str(capability))
+    candidates = list(target.candidates)
+    if present is not None:
+        candidates = [present, *(x for x in candidates if x != present)]
+    jobs = [(index, options, capability) for options in candidates]
+    if measured:
+        valid = [x for x, fits in zip(candidates, pool.map(_valid, jobs), strict=True) if fits]
+        times = {i: _seconds(target, options) for i, options in enumerate(valid)}
+        best = valid[min(times, key=lambda i: times[i])] if valid else None
+        note = ", ".join(f"{valid[i]}: {1e6 * seconds:.1f} us" for i, seconds in times.items())
+    else:
+        best, at_once = None, os.cpu_count() or 1
+        for start in range(0, len(jobs), at_once):
+            fits = pool.map(_valid, jobs[start : start + at_once])
+            if any(fits):
+                best = candidates[start + fits.index(True)]
+                break
+        note = "stays" if best == present else f"was {present}"
+    print(f"{target.kernel}, {target.shape_class}, {capability}: {best} ({note})", flush=True)
+    if best is None:
+        return
+    lower = [key for key in map(int, entries) if key < capability]
+    if lower and entries[str(max(lower))] == best:
+        entries.pop(str(capability), None)
+    else:
+        entries[str(capability)] = best
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""What the compilers make of every kernel, at every configuration that BERT-base, BERT-large and MiniLM launch.
+
+No GPU is needed: Triton and nvcc compile ahead of time, and the machine code is read.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import kernels
+from fastbert.backends import extension, select
+
+pytest.importorskip("triton", reason="Triton can't be imported: its kernels can't be compiled")
+if next(select.needs_triton(select.Request("cpu", torch.float32)), None) is None:
+    pytest.skip("TRITON_INTERPRET=1 is set: there is nothing to compile", allow_module_level=True)
+
+# Tensors that a memory-bound kernel reads and writes by whole rows.
+MEMORY_BOUND = {
+    ("layer_norm", "forward_kernel"): (1, 1),
+    ("layer_norm", "backward_kernel"): (2, 1),
+    ("bias_gelu", "forward_kernel"): (1, 1),
+    ("bias_gelu", "backward_kernel"): (2, 1),
+    ("embedding_layer_norm", "forward_kernel"): (3, 1),
+    ("embedding_layer_norm", "backward_kernel"): (4, 1),
+    ("embedding_layer_norm", "chunk_kernel"): (1, 0),
+    ("embedding_layer_norm", "segment_kernel"): (1, 0),
+    ("attention", "forward_kernel"): (3, 1),
+    ("attention", "backward_short_kernel"): (4, 3),
+}
+PRODUCTS = ("attention", "linear_gelu")
+
+
+@pytest.fixture(scope="module", params=kernels.CAPABILITIES)
+def compiled(request):
+    """Everything that a device of one compute capability is given; float16 compiles to what bfloat16 does."""
+    launches = [launch for launch in kernels.all_launches(request.param) if launch.dtype != "fp16"]
+    return kernels.reports([(launch, request.param) for launch in launches])
+
+
+def rows_of_a_program(launch):
+    """Elements of one tensor that a program of a memory-bound kernel holds at once."""
+    constants = dict(launch.constants)
+    if launch.op == "attention":
+        return constants.get("BLOCK", constants.get("BLOCK_M")) * constants["D"]
+    return constants["ROWS"] * constants.get("H", constants.get("COLUMNS"))
+
+
+def test_every_triton_kernel(compiled):
+    names = {(report.launch.op, report.launch.kernel) for report in compiled}
+    assert names >= MEMORY_BOUND.keys() | {("attention", "backward_dkv_kernel"), ("linear_gelu", "forward_kernel")}
+    for report in compiled:
+        launch, limits = report.launch, kernels.LIMITS[report.capability]
+        what = f"{launch.op}.{launch.kernel}, {launch.dtype}, {launch.describe()}, {dict(launch.options)}"
+        assert report.stack == 0, f"{what} spills {report.stack} bytes on {report.capability}"
+        assert not {"LDL", "STL"} & report.instructions.keys(), f"{what} uses local memory on {report.capability}"
+        assert report.shared <= limits.shared_block, f"{what} needs {report.shared} bytes of shared memory"
+        assert report.occupancy > 0, what
+        check_products(report, what)
+        check_accesses(report, what)
+
+
+def check_products(report, what):
+    """wgmma takes four warps and 64 rows, its successor 64 as well; smaller blocks use the older instruction."""
+    launch, constants = report.launch, dict(report.launch.constants)
+    if launch.op not in PRODUCTS:
+        return
+    block = min(constants[name] for name in ("BLOCK", "BLOCK_M") if name in constants)
+    block = constants["BLOCK_N"] if launch.kernel == "backward_dkv_kernel" else block
+    if block < 64 or report.warps < 4 or report.capability == 80:
+        expected = {"HMMA"}
+    elif report.capability == 90:
+        expected = {"HGMMA"}
+    else:
+        expected = {"UTCHMMA", "HMMA"}
+    assert expected & report.instructions.keys(), f"{what} has {report.instructions} on {report.capability}"
+
+
+def check_accesses(report, what):
+    launch = report.launch
+    read, written = MEMORY_BOUND.get((launch.op, launch.kernel), (0, 0))
+    if launch.kernel == "forward_kernel" and launch.op == "attention" and not dict(launch.constants)["WHOLE"]:
+        return
+    if launch.op == "linear_gelu" or not read:
+        return
+    size = 4 if launch.kernel == "segment_kernel" else torch.finfo(DTYPES[launch.dtype]).bits // 8
+    each = rows_of_a_program(launch) * size / (32 * report.warps * 16)
+    for name, tensors in (("LDG", read), ("STG", written)):
+        wide = report.instructions.get(f"{name}.128", 0) + 2 * report.instructions.get(f"{name}.256", 0)
+        assert wide >= tensors * each, f"{what} has {report.instructions} on {report.capability}, not {tensors * each}"
+
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.mark.skipif(extension.missing_cuda() is not None, reason=f"nothing to read: {extension.missing_cuda()}")
+@pytest.mark.parametrize("capability", kernels.CAPABILITIES)
+def test_every_kernel_of_the_extension(capability):
+    library = Path(extension.module().__file__)
+    reports = kernels.extension_reports(library, capability)
+    assert {(report.op, report.kernel) for report in reports} == {
+        *(("bias_dropout_residual", name) for name in ("forward_kernel", "backward_kernel", "add_partials_kernel")),
+        *(
+            ("bias_dropout_residual_layer_norm", name)
+            for name in (
+                "forward_kernel",
+                "forward_loop_kernel",
+                "backward_kernel",
+                "backward_loop_kernel",
+                "add_partials_kernel",
+            )
+        ),
+    }
+    for report in reports:
+        assert report.stack == 0, f"{report} spills"
+        assert not {"LDL", "STL"} & report.instructions.keys(), report
+        if report.vector:
+            assert report.instructions.get("LDG.128", 0) > 0, report
+            assert report.instructions.get("STG.128", 0) > 0, report

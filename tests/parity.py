@@ -50,7 +50,7 @@ def check(
     eager: Callable[..., Tensor],
     tensors: Mapping[str, Tensor],
     dy: Tensor | None = None,
-    roundings: int = 1,
+    roundings: int | Mapping[str, int] = 1,
 ) -> None:
     """Assert that each of ``actual`` is about as near to the truth as eager PyTorch, in output and every gradient.
 
@@ -62,7 +62,8 @@ def check(
         oracle, eager: like those, called with ``tensors`` as keywords.
         tensors: floating-point; with these strides and offsets for all but the oracle.
         dy: the incoming gradient, in the dtype of the output; None: random numbers.
-        roundings: the number of rounding steps; more than one only for a few numbers, where eager may be exact by luck.
+        roundings: the number of rounding steps, for all or by the names in ``actual``; more than one for a few numbers,
+            where eager may be exact by luck, and for arithmetic that is known to be that much coarser.
     """
     eager_output, eager_gradients = results(eager, tensors, dy)
     if dy is None:
@@ -70,9 +71,10 @@ def check(
     exact_output, exact_gradients = results(oracle, {name: x.double() for name, x in tensors.items()}, dy.double())
     for name, function in actual.items():
         output, gradients = results(function, tensors, dy)
-        compare(f"{name}: output", output, exact_output, eager_output, roundings)
+        steps = roundings if isinstance(roundings, int) else roundings[name]
+        compare(f"{name}: output", output, exact_output, eager_output, steps)
         for argument, gradient in gradients.items():
-            compare(f"{name}: {argument}", gradient, exact_gradients[argument], eager_gradients[argument], roundings)
+            compare(f"{name}: {argument}", gradient, exact_gradients[argument], eager_gradients[argument], steps)
 
 
 def compare(name: str, result: Tensor, exact: Tensor, baseline: Tensor, roundings: int = 1) -> None:

@@ -20,7 +20,7 @@ DROPPING = attention(p=0.1).implementations()
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 127, 128, 129, 511, 512])
 def test_lengths_case_9(length, p):
-    attention(lengths=(length, length // 3), heads=2, size=8, p=p).check()
+    attention(lengths=(length, length // 3), heads=2 if length < 500 else 1, size=8, p=p).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -10,7 +10,7 @@ from ops import problems
 from ops.problems import attention
 
 from fastbert import ops
-from fastbert.backends import philox, select
+from fastbert.backends import launch, philox, select
 from fastbert.ops.attention import reference, torch_varlen
 
 IMPLEMENTATIONS = attention().implementations()
@@ -18,7 +18,7 @@ DROPPING = attention(p=0.1).implementations()
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 127, 128, 129, 511, 512])
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129, 511, 512])
 def test_lengths_case_9(length, p):
     attention(lengths=(length, length // 3), heads=2 if length < 500 else 1, size=8, p=p).check()
 
@@ -28,6 +28,28 @@ def test_lengths_case_9(length, p):
 def test_lengths_around_vectors_in_16_bits(length, dtype):
     """The CPU's kernel is given hidden keys there."""
     attention(lengths=(length, 3, length, length), heads=2, dtype=dtype).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_several_blocks_in_16_bits_case_9(p, dtype):
+    """More than 128 keys: blocks of queries, the online softmax, and blocks that have nothing to do."""
+    attention(lengths=(300, 1, 0, 129, 64), heads=1, size=32, dtype=dtype, p=p).check()
+
+
+@pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="Triton's kernels alone have tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("block_m", "block_n"), [(16, 64), (64, 16), (32, 32)])
+def test_other_tiles_case_27(block_m, block_n, dtype, monkeypatch):
+    """The same masks and sums, forward and backward, whatever the tiles: parity is with one oracle."""
+    tiles = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 1}
+    monkeypatch.setattr(launch, "options", lambda kernel, shapes: {"KEYS": 0} if "whole" in shapes else dict(tiles))
+    attention(lengths=(70, 0, 33, 3), heads=2, size=24, dtype=dtype, p=0.3).check("triton")
+    uniform_weights = uniform([70], 2).to(dtype)
+    seed = torch.tensor([problems.SEED])
+    output = ops.attention(uniform_weights, problems.cumulative([70]), 70, dropout_p=0.3, seed=seed, impl="triton")
+    expected = philox.attention_mask(seed, torch.tensor([0]), 2, 70, 70, 0.3)[0]
+    assert torch.equal(output[:, :, :70].transpose(0, 1) != 0, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -102,15 +124,18 @@ def test_scale(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("lengths", [(3, 0, 37, 1, 19), (140, 3)], ids=str)
 @pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
-def test_large_scores(impl, dtype):
+def test_large_scores(dtype, lengths, impl):
     """Scores of some thousands: the largest is subtracted before the exponential.
 
-    PyTorch's kernel takes the probabilities of its backward from the log-sum-exp, whose rounding grows with the scores.
+    PyTorch's kernel, and Triton's for long sequences, take the probabilities of their backward from the log-sum-exp,
+    whose rounding grows with the scores.
     """
-    problem = attention(dtype=dtype)
+    problem = attention(lengths, dtype=dtype)
     problem.tensors = {"qkv": problem.tensors["qkv"] * 30.0}
-    problem.check(impl, roundings=1000 if impl == "sdpa" else 1)
+    from_lse = impl == "sdpa" or (impl == "triton" and max(lengths) > 128)
+    problem.check(impl, roundings=1000 if from_lse else 1)
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)

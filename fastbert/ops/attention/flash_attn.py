@@ -10,8 +10,6 @@ import torch
 from flash_attn import flash_attn_interface
 from torch import Tensor
 
-from fastbert.ops.attention.torch_varlen import rows_of_no_sequence
-
 
 def forward(
     qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float, dropout_p: float, seed: Tensor | None
@@ -21,7 +19,7 @@ def forward(
     out, lse, *_ = flash_attn_interface._flash_attn_varlen_forward(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p=0.0, softmax_scale=scale, causal=False
     )
-    spare = rows_of_no_sequence(cu_seqlens, qkv.shape[0])
+    spare = torch.arange(qkv.shape[0], device=qkv.device) >= cu_seqlens[-1]  # without waiting for the device
     return out.masked_fill_(spare[:, None, None], 0.0), lse.masked_fill_(spare, 0.0)
 
 

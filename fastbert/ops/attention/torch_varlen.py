@@ -13,7 +13,7 @@ from torch import Tensor
 _aten = torch.ops.aten
 
 
-def rows_of_no_sequence(cu_seqlens: Tensor, rows: int) -> Tensor:
+def _rows_of_no_sequence(cu_seqlens: Tensor, rows: int) -> Tensor:
     """bool ``[rows]``, without waiting for the device."""
     return torch.arange(rows, device=cu_seqlens.device) >= cu_seqlens[-1]
 
@@ -26,7 +26,7 @@ def forward(
     out, lse, *_ = _aten._flash_attention_forward(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, False, False, scale=scale
     )
-    spare = rows_of_no_sequence(cu_seqlens, qkv.shape[0])
+    spare = _rows_of_no_sequence(cu_seqlens, qkv.shape[0])
     return out.masked_fill_(spare[:, None, None], 0.0), lse.masked_fill_(spare, 0.0)
 
 
@@ -49,4 +49,4 @@ def backward(
         no_dropout, no_dropout.new_empty(0), scale=scale,
     )  # fmt: skip
     dqkv = torch.stack(gradients, dim=1)
-    return dqkv.masked_fill_(rows_of_no_sequence(cu_seqlens, qkv.shape[0])[:, None, None, None], 0.0)
+    return dqkv.masked_fill_(_rows_of_no_sequence(cu_seqlens, qkv.shape[0])[:, None, None, None], 0.0)

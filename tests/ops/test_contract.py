@@ -261,6 +261,17 @@ def test_autocast_changes_no_arithmetic_inside(maker):
             assert torch.equal(problem.actual(**problem.tensors, impl=impl), expected)
 
 
+@pytest.mark.skipif("triton" not in problems.layer_norm().implementations(), reason="Triton's kernels don't run here")
+@pytest.mark.parametrize("name", ["layer_norm", "bias_gelu", "embedding_layer_norm"])
+def test_sums_of_more_rows_than_programs(name, monkeypatch):
+    """Triton's kernels sum the gradients of weights and biases over rows in a fixed number of programs, here two."""
+    problem = problems.MAKERS[name]()
+    module = select.load(problem.op, "triton")
+    assert module._PARTIALS > 2
+    monkeypatch.setattr(module, "_PARTIALS", 2)
+    problem.check("triton")
+
+
 @makers
 def test_repeats_are_bitwise_equal_case_31(maker):
     problem = maker(dtype=torch.bfloat16)

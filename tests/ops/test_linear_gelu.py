@@ -7,6 +7,7 @@ from ops import problems
 from ops.problems import linear_gelu
 
 from fastbert import ops
+from fastbert.backends import select
 
 implementations = pytest.mark.parametrize("impl", linear_gelu().implementations())
 
@@ -17,6 +18,69 @@ implementations = pytest.mark.parametrize("impl", linear_gelu().implementations(
 def test_sizes(shape, features, dtype, approximate):
     linear_gelu(shape, features, dtype, approximate).check()
     linear_gelu(shape, features, dtype, approximate, has_bias=False).check()
+
+
+@pytest.mark.skipif("triton" not in linear_gelu().implementations(), reason="Triton's kernels don't run here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("few", "shape", "features"), [(0, (300, 70), 290), (1000, (300, 70), 130), (1000, (1100, 64), 64)]
+)
+def test_blocks(few, shape, features, dtype, monkeypatch):
+    """Several blocks of rows and columns, in large blocks and in small ones, and more than a group of them."""
+    module = select.load("linear_gelu", "triton")
+    monkeypatch.setattr(module, "_FEW", few)
+    linear_gelu(shape, features, dtype).check("triton")
+
+
+@implementations
+def test_without_a_gradient_nothing_is_kept(impl):
+    x, weight = torch.randn(5, 8), torch.randn(6, 8)
+    chosen = torch.ops.fastbert.linear_gelu(x, weight, None, "none", False, impl)
+    assert chosen[1].shape == (0,)
+    assert torch.equal(chosen[0], torch.ops.fastbert.linear_gelu(x, weight, None, "none", True, impl)[0])
+    with pytest.raises(RuntimeError, match="needs_hidden=False"):
+        torch.ops.fastbert.linear_gelu(x.requires_grad_(), weight, None, "none", False, impl)[0].sum().backward()
+
+
+class TestByShape:
+    """The table of which implementation was measured to be the faster."""
+
+    @pytest.fixture(autouse=True)
+    def _module(self):
+        self.by_shape = pytest.importorskip("fastbert.ops.linear_gelu.by_shape", reason="Triton is not installed")
+
+    @pytest.mark.parametrize(
+        ("rows", "expected"),
+        [(0, 64), (1, 64), (64, 64), (65, 128), (128, 128), (5000, 8192), (65_536, 65_536), (10**6, 65_536)],
+    )
+    def test_classes_of_rows(self, rows, expected):
+        assert self.by_shape.rows_class(rows) == expected
+
+    def test_the_table_can_be_read(self):
+        assert set(self.by_shape.read(self.by_shape.MEASURED).values()) <= set(self.by_shape.ROUTES)
+
+    def test_what_it_says(self, tmp_path, monkeypatch):
+        path = tmp_path / "table.toml"
+        path.write_text(
+            '[[measured]]\ncapability = 90\ndtype = "bfloat16"\nN = 3072\nK = 768\nfaster = { 128 = "triton" }\n'
+        )
+        table = self.by_shape.read(path)
+        monkeypatch.setattr(self.by_shape, "_measured", lambda: table)
+        monkeypatch.setattr(self.by_shape, "capability", lambda: 90)
+        assert self.by_shape.faster(torch.bfloat16, 100, 3072, 768) == "triton"
+        for changed in (
+            (torch.float16, 100, 3072, 768),
+            (torch.bfloat16, 129, 3072, 768),
+            (torch.bfloat16, 100, 768, 768),
+        ):
+            assert self.by_shape.faster(*changed) == "cublas_triton"
+
+    @pytest.mark.parametrize("entry", ['100 = "triton"', '128 = "torch"'])
+    def test_what_it_may_not_say(self, entry, tmp_path):
+        path = tmp_path / "table.toml"
+        path.write_text(f'[[measured]]\ncapability = 90\ndtype = "bfloat16"\nN = 1\nK = 1\nfaster = {{ {entry} }}\n')
+        with pytest.raises(ValueError, match="is not a class of M and one of triton, cublas_triton"):
+            self.by_shape.read(path)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (4, 0, 8)], ids=str)

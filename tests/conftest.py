@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import parity
@@ -12,13 +13,14 @@ from fastbert.backends import select
 
 
 def pytest_addoption(parser):
-    parser.addoption("--parity-json", metavar="FILE", help="write the errors of all parity checks on a GPU to FILE")
+    parser.addoption("--parity-json", metavar="FOLDER", help="write the errors of parity checks on a GPU, by worker")
 
 
 def pytest_sessionfinish(session):
-    if path := session.config.getoption("--parity-json"):
+    if folder := session.config.getoption("--parity-json"):
         records = [dataclasses.asdict(record) for record in parity.RECORDS if record.device == "cuda"]
-        Path(path).write_text(json.dumps(records), encoding="utf-8")
+        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
+        (Path(folder) / f"{worker}.json").write_text(json.dumps(records), encoding="utf-8")
 
 
 def pytest_collection_modifyitems(items):

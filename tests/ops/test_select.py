@@ -124,3 +124,21 @@ def test_a_gpu_that_the_build_does_not_know(monkeypatch):
     assert table.choose(None, second) == "reference"
     with pytest.raises(select.UnsupportedError, match="device 1 is too old"):
         table.choose("cuda", second)
+
+
+@pytest.mark.skipif(select._INTERPRETING, reason="TRITON_INTERPRET=1 is set: Triton's kernels are for the cpu then")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_kernels_come_first_on_a_gpu(p, dtype):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    request = select.Request("cuda", dtype, p, 64)
+    expected = {
+        "attention": "triton",
+        "layer_norm": "triton",
+        "bias_gelu": "triton",
+        "linear_gelu": "by_shape",
+        "embedding_layer_norm": "triton",
+    }
+    if extension.missing_cuda() is None:
+        expected |= {"bias_dropout_residual": "cuda", "bias_dropout_residual_layer_norm": "cuda"}
+    assert {op: select.table(op).choose(None, request) for op in expected} == expected

@@ -4,7 +4,7 @@
     python -m benchmarks.gpu     with an extension that is built
 
 The tests are shared out over several processes where pytest-xdist is installed. Writes ``results/gpu.json``: the device
-and versions, the counts, and for each quantity and dtype of a test the parity check that came nearest to its bound. On a
+and versions, the counts, and for each quantity and dtype of a test the parity check nearest to its bound. On a
 machine without a GPU all of these tests are skipped; nothing is written, and that is no failure.
 """
 

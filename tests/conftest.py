@@ -31,7 +31,7 @@ def pytest_collection_modifyitems(items):
         reasons["many_programs"] = "Triton's interpreter runs one program after the other, and these are too many"
     for item in items:
         for mark, reason in reasons.items():
-            if mark in item.keywords:
+            if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -315,10 +315,12 @@ def test_arguments_of_torch_s_flash_attention():
 
 @pytest.mark.parametrize("name", ["torch_varlen", "flash_attn"])
 def test_why_flash_attention_of_others_cannot_serve(name):
-    request = select.Request("cpu", torch.float32, 0.1, 60)
-    (row,) = [row for row in select.table("attention").explain(request) if row.implementation == name]
-    reasons = "; ".join(row.reasons)
-    assert "it runs on cuda" in reasons
+    def reasons_of(device):
+        rows = select.table("attention").explain(select.Request(device, torch.float32, 0.1, 60))
+        return "; ".join(*[row.reasons for row in rows if row.implementation == name])
+
+    assert reasons_of("cpu") == "it runs on cuda, and the tensors are on cpu"
+    reasons = reasons_of("cuda")
     assert "it computes in float16, bfloat16" in reasons
     assert "can't draw the exact dropout mask" in reasons
     assert "multiples of 8 up to 256, and this one is 60" in reasons

@@ -23,7 +23,9 @@ def _triton_reasons(request: select.Request) -> Iterator[str]:
 
 def _flash_reasons(request: select.Request) -> Iterator[str]:
     """Of the kernels that PyTorch and the package flash-attn have in common."""
-    yield from select.needs_device(request, "cuda")
+    if request.device != "cuda":
+        yield from select.needs_device(request, "cuda")
+        return  # the rest would matter there only
     yield from select.needs_dtype(request, torch.float16, torch.bfloat16)
     yield from select.needs_no_dropout(request)
     if request.head_size is not None and (request.head_size > 256 or request.head_size % 8 != 0):
@@ -32,7 +34,7 @@ def _flash_reasons(request: select.Request) -> Iterator[str]:
 
 def _flash_attn_reasons(request: select.Request) -> Iterator[str]:
     yield from _flash_reasons(request)
-    if reason := _missing_flash_attn():
+    if request.device == "cuda" and (reason := _missing_flash_attn()):
         yield reason
 
 

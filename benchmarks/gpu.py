@@ -51,12 +51,14 @@ def _outcomes(report: Path) -> tuple[Counter[str], list[str], Counter[str]]:
     counts: Counter[str] = Counter()
     failed, skipped = [], Counter[str]()
     for case in ElementTree.parse(report).iter("testcase"):
-        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
-        counts[outcome] += 1
-        if outcome in ("failure", "error"):
+        ended = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
+        counts["passed" if ended is None else ended.tag] += 1
+        if ended is None:
+            continue
+        if ended.tag == "skipped":
+            skipped[str(ended.get("message"))] += 1
+        else:
             failed.append(f"{case.get('classname')}::{case.get('name')}")
-        elif outcome == "skipped":
-            skipped[str(case.find("skipped").get("message"))] += 1  # type: ignore[union-attr]
     return counts, failed, skipped
 
 

@@ -22,7 +22,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import harness, tables
+from benchmarks import calls, harness, tables
+from benchmarks.calls import Call
 from fastbert.backends import extension
 
 CAPABILITIES = (80, 90, 100)
@@ -53,17 +54,15 @@ MODELS = {
     "MiniLM-L6": Shape(384, 1536, 12),
 }
 
-# Of the recorded launches; no kernel is compiled for a number of tokens.
-TOKENS = 8185
 # The longest sequences: one for each regime of attention.
 MAX_SEQLENS = (32, 64, 128, 512)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of one multiprocessor and of one block of threads, from the CUDA C++ programming guide, "Technical
+    """Of one multiprocessor and, in ``shared_block``, of one block of threads; shared memory in bytes.
 
-    Specifications per Compute Capability": shared memory in bytes, 64 K registers, resident warps and blocks.
+    From the CUDA C++ programming guide, "Technical Specifications per Compute Capability".
     """
 
     shared: int
@@ -130,8 +129,8 @@ class Report:
         return blocks * self.warps / limits.warps
 
 
-def launches(op: str, calls: Callable[[Any], None], capability: int) -> list[Launch]:
-    """The distinct launches that ``calls``, given the op's Triton module, makes on a device of ``capability``."""
+def launches(op: str, made: Iterable[Call], capability: int) -> list[Launch]:
+    """The distinct launches that calls of an op make on a device of ``capability``."""
     from triton.runtime.jit import JITFunction
 
     from fastbert.backends import triton_utils
@@ -146,7 +145,8 @@ def launches(op: str, calls: Callable[[Any], None], capability: int) -> list[Lau
         mock.patch.object(triton_utils, "capability", return_value=capability),
         mock.patch.object(triton_utils, "interpreted", return_value=False),
     ):
-        calls(importlib.import_module(f"fastbert.ops.{op}.triton"))
+        for call in made:
+            call(torch.device("meta"))()
     return list(found)
 
 
@@ -170,7 +170,7 @@ def _launch(op: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         if kind == "constexpr":
             constants.append((parameter.name, value))
         signature.append((parameter.name, kind))
-    name = f"{kernel.fn.__name__}"
+    name = kernel.fn.__name__
     return Launch(op, name, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(values.items())))
 
 
@@ -239,68 +239,41 @@ def _instructions(code: str) -> dict[str, int]:
     return dict(counts)
 
 
-def _attention(shape: Shape, dtype: torch.dtype, module: Any) -> None:
-    size = shape.hidden // shape.heads
-    qkv = torch.empty(TOKENS, 3, shape.heads, size, dtype=dtype, device="meta")
-    out = torch.empty(TOKENS, shape.heads, size, dtype=dtype, device="meta")
-    lse = torch.empty(shape.heads, TOKENS, device="meta")
-    cu_seqlens = torch.empty(17, dtype=torch.int32, device="meta")
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
-    for max_seqlen in MAX_SEQLENS:
-        for p, s in ((0.0, None), (0.1, seed)):
-            module.forward(qkv, cu_seqlens, max_seqlen, 0.125, p, s)
-            module.backward(out, qkv, out, lse, cu_seqlens, max_seqlen, 0.125, p, s)
-
-
-def _layer_norm(shape: Shape, dtype: torch.dtype, module: Any) -> None:
-    x = torch.empty(TOKENS, shape.hidden, dtype=dtype, device="meta")
-    mean = torch.empty(TOKENS, 1, device="meta")
-    module.forward(x, x[0], x[0], 1e-12)
-    module.backward(x, x, x[0], mean, mean, [True, True, True])
-
-
-def _bias_gelu(shape: Shape, dtype: torch.dtype, module: Any) -> None:
-    x = torch.empty(TOKENS, shape.intermediate, dtype=dtype, device="meta")
-    for approximate in ("none", "tanh"):
-        module.forward(x, x[0], approximate)
-        module.backward(x, x, x[0], approximate, [True, True])
-
-
-def _linear_gelu(shape: Shape, dtype: torch.dtype, module: Any) -> None:
-    weight = torch.empty(shape.intermediate, shape.hidden, dtype=dtype, device="meta")
-    for tokens in (TOKENS, 100):
-        x = torch.empty(tokens, shape.hidden, dtype=dtype, device="meta")
-        for needs_hidden in (False, True):
-            module.forward(x, weight, weight[:, 0], "none", needs_hidden)
-
-
-def _embedding_layer_norm(shape: Shape, dtype: torch.dtype, module: Any) -> None:
-    ids = (torch.empty(TOKENS, dtype=torch.int64, device="meta"),) * 3
-    tables = [torch.empty(rows, shape.hidden, dtype=dtype, device="meta") for rows in (30_522, 512, 2)]
-    y = torch.empty(TOKENS, shape.hidden, dtype=dtype, device="meta")
-    mean = torch.empty(TOKENS, 1, device="meta")
-    seed = torch.empty(1, dtype=torch.int64, device="meta")
-    for p, s in ((0.0, None), (0.1, seed)):
-        module.forward(*ids, *tables, y[0], y[0], 1e-12, p, s, 0)
-        module.backward(y, *ids, *tables, y[0], mean, mean, p, s, 0, [True] * 5)
-
-
-CALLS: dict[str, Callable[..., None]] = {
-    "attention": _attention,
-    "layer_norm": _layer_norm,
-    "bias_gelu": _bias_gelu,
-    "linear_gelu": _linear_gelu,
-    "embedding_layer_norm": _embedding_layer_norm,
-}
+def _calls(shape: Shape, dtype: torch.dtype) -> dict[str, list[Call]]:
+    """The calls that a model makes, by op; linear-GELU with many rows and with few."""
+    hidden, directions, dropouts = shape.hidden, (False, True), (0.0, 0.1)
+    size = hidden // shape.heads
+    return {
+        "attention": [
+            functools.partial(calls.attention, shape.heads, size, dtype, max_seqlen, p, backward)
+            for max_seqlen in MAX_SEQLENS
+            for p in dropouts
+            for backward in directions
+        ],
+        "layer_norm": [functools.partial(calls.layer_norm, hidden, dtype, backward) for backward in directions],
+        "bias_gelu": [
+            functools.partial(calls.bias_gelu, shape.intermediate, dtype, approximate, backward)
+            for approximate in ("none", "tanh")
+            for backward in directions
+        ],
+        "linear_gelu": [
+            functools.partial(calls.linear_gelu, shape.intermediate, hidden, dtype, tokens, needs_hidden)
+            for tokens in (calls.TOKENS, 100)
+            for needs_hidden in (False, True)
+        ],
+        "embedding_layer_norm": [
+            functools.partial(calls.embedding, hidden, dtype, p, backward) for p in dropouts for backward in directions
+        ],
+    }
 
 
 def all_launches(capability: int) -> list[Launch]:
     """Those of every op, at the shapes of the models."""
     found: dict[Launch, None] = {}
-    for op, call in CALLS.items():
-        for shape in MODELS.values():
-            for dtype in DTYPES:
-                found |= dict.fromkeys(launches(op, functools.partial(call, shape, dtype), capability))
+    for shape in MODELS.values():
+        for dtype in DTYPES:
+            for op, made in _calls(shape, dtype).items():
+                found |= dict.fromkeys(launches(op, made, capability))
     return list(found)
 
 

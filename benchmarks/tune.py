@@ -6,17 +6,18 @@
 A configuration has to compile without spills and within the shared memory of a block, at every shape of its class and
 with dropout on and off. On a GPU, those that do are timed, and the fastest is taken. Without one, an entry for the very
 capability stays if it is valid; otherwise the first valid candidate takes its place. ``--kernel`` and ``--shape-class``
-restrict the search to names that contain them.
+restrict the search to names that contain them. On a GPU, which route of linear-GELU is the faster is measured, too, and
+written to fastbert/ops/linear_gelu/by_shape.toml.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import importlib
 import itertools
 import multiprocessing
 import os
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +26,16 @@ from unittest import mock
 
 import torch
 
-from benchmarks import kernels
+from benchmarks import calls, kernels
+from benchmarks.calls import Call
 from fastbert.backends import launch, triton_utils
+from fastbert.ops.linear_gelu import by_shape
 
 TABLE = Path(launch.__file__).with_suffix(".toml")
 HEADER = "# kernel, shape class, lowest compute capability -> options; see launch.py.\n"
-TOKENS = 16_384
 HEADS = 12
-VOCABULARY = 30_522
 
 Options = dict[str, int]
-Call = Callable[[torch.device], Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -51,63 +51,6 @@ class Target:
     function: str
     candidates: tuple[Options, ...]
     calls: tuple[Call, ...]
-
-
-def _attention(
-    size: int, dtype: torch.dtype, max_seqlen: int, dropout_p: float, backward: bool, device: torch.device
-) -> Callable[[], object]:
-    module = importlib.import_module("fastbert.ops.attention.triton")
-    qkv = torch.empty(TOKENS, 3, HEADS, size, dtype=dtype, device=device).normal_()
-    cu_seqlens = torch.arange(0, TOKENS + 1, max_seqlen, dtype=torch.int32, device=device)
-    seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout_p > 0.0 else None
-    arguments = (cu_seqlens, max_seqlen, size**-0.5, dropout_p, seed)
-    if not backward:
-        return lambda: module.forward(qkv, *arguments)
-    out, lse = module.forward(qkv, *arguments)
-    return lambda: module.backward(out, qkv, out, lse, *arguments)
-
-
-def _layer_norm(hidden: int, dtype: torch.dtype, backward: bool, device: torch.device) -> Callable[[], object]:
-    module = importlib.import_module("fastbert.ops.layer_norm.triton")
-    x = torch.empty(TOKENS, hidden, dtype=dtype, device=device).normal_()
-    mean = torch.zeros(TOKENS, 1, device=device)
-    if not backward:
-        return lambda: module.forward(x, x[0], x[0], 1e-12)
-    return lambda: module.backward(x, x, x[0], mean, mean, [True, True, True])
-
-
-def _embedding(
-    hidden: int, dtype: torch.dtype, dropout_p: float, backward: bool, device: torch.device
-) -> Callable[[], object]:
-    module = importlib.import_module("fastbert.ops.embedding_layer_norm.triton")
-    sizes = (VOCABULARY, 512, 2)
-    ids = [torch.zeros(TOKENS, dtype=torch.int64, device=device).random_(rows) for rows in sizes]
-    tables = [torch.empty(rows, hidden, dtype=dtype, device=device).normal_() for rows in sizes]
-    y = torch.empty(TOKENS, hidden, dtype=dtype, device=device).normal_()
-    mean = torch.zeros(TOKENS, 1, device=device)
-    seed = torch.zeros(1, dtype=torch.int64, device=device) if dropout_p > 0.0 else None
-    if not backward:
-        return lambda: module.forward(*ids, *tables, y[0], y[0], 1e-12, dropout_p, seed, 0)
-    return lambda: module.backward(y, *ids, *tables, y[0], mean, mean, dropout_p, seed, 0, [True] * 5)
-
-
-def _bias_gelu(
-    columns: int, dtype: torch.dtype, approximate: str, backward: bool, device: torch.device
-) -> Callable[[], object]:
-    module = importlib.import_module("fastbert.ops.bias_gelu.triton")
-    x = torch.empty(TOKENS, columns, dtype=dtype, device=device).normal_()
-    if not backward:
-        return lambda: module.forward(x, x[0], approximate)
-    return lambda: module.backward(x, x, x[0], approximate, [True, True])
-
-
-def _linear_gelu(
-    hidden: int, dtype: torch.dtype, tokens: int, needs_hidden: bool, device: torch.device
-) -> Callable[[], object]:
-    module = importlib.import_module("fastbert.ops.linear_gelu.triton")
-    x = torch.empty(tokens, hidden, dtype=dtype, device=device).normal_()
-    weight = torch.empty(4 * hidden, hidden, dtype=dtype, device=device).normal_()
-    return lambda: module.forward(x, weight, weight[:, 0].contiguous(), "none", needs_hidden)
 
 
 def _tiles(names: tuple[str, ...], *values: tuple[int, ...]) -> tuple[Options, ...]:
@@ -140,9 +83,10 @@ _DTYPES = {16: torch.bfloat16, 32: torch.float32}
 def _attention_targets() -> Iterator[Target]:
     for bits, size in itertools.product(_DTYPES, (32, 64, 128)):
 
-        def calls(max_seqlen: int, backward: bool, bits: int = bits, size: int = size) -> tuple[Call, ...]:
+        def of(max_seqlen: int, backward: bool, bits: int = bits, size: int = size) -> tuple[Call, ...]:
             return tuple(
-                functools.partial(_attention, size, _DTYPES[bits], max_seqlen, p, backward) for p in (0.1, 0.0)
+                functools.partial(calls.attention, HEADS, size, _DTYPES[bits], max_seqlen, p, backward)
+                for p in (0.1, 0.0)
             )
 
         name = f"{bits} bits, D <= {size}"
@@ -153,67 +97,58 @@ def _attention_targets() -> Iterator[Target]:
             forward = _WHOLE(*((fewest * factor, 1) for factor in (1, 2, 4) if fewest * factor <= 16))
             fewest = max(2, fewest)
             backward = _WHOLE(*((fewest * factor, 1) for factor in (1, 2, 4) if fewest * factor <= 16))
-            yield Target("attention_forward", shape_class, "attention", "forward_kernel", forward, calls(keys, False))
+            yield Target("attention_forward", shape_class, "attention", "forward_kernel", forward, of(keys, False))
             yield Target(
-                "attention_backward", shape_class, "attention", "backward_short_kernel", backward, calls(keys, True)
+                "attention_backward", shape_class, "attention", "backward_short_kernel", backward, of(keys, True)
             )
         shape_class = f"{name}, long"
         yield Target(
-            "attention_forward", shape_class, "attention", "forward_kernel", _FORWARD_LONG[bits], calls(512, False)
+            "attention_forward", shape_class, "attention", "forward_kernel", _FORWARD_LONG[bits], of(512, False)
         )
         dq = _ATTENTION(*_BACKWARD_LONG[bits])
         dkv = _ATTENTION(*((other, stays, warps, stages) for stays, other, warps, stages in _BACKWARD_LONG[bits]))
-        yield Target("attention_backward_dq", shape_class, "attention", "backward_dq_kernel", dq, calls(512, True))
-        yield Target("attention_backward_dkv", shape_class, "attention", "backward_dkv_kernel", dkv, calls(512, True))
+        yield Target("attention_backward_dq", shape_class, "attention", "backward_dq_kernel", dq, of(512, True))
+        yield Target("attention_backward_dkv", shape_class, "attention", "backward_dkv_kernel", dkv, of(512, True))
 
 
 def _row_targets() -> Iterator[Target]:
-    widths = {
-        "H <= 512": (384,),
-        "H <= 768": (768,),
-        "H <= 1024": (1024,),
-        "H <= 2048": (2048,),
-        "H <= 4096": (4096,),
-        "H > 4096": (8192,),
-    }
     candidates = {
-        "H <= 512": _ROWS((8, 4), (16, 8), (4, 2), (4, 4), (2, 1)),
-        "H <= 768": _ROWS((4, 4), (8, 8), (2, 4), (4, 8), (1, 2), (1, 1), (1, 4)),
-        "H <= 1024": _ROWS((1, 2), (1, 4), (4, 4), (4, 8), (2, 4)),
-        "H <= 2048": _ROWS((1, 4), (1, 8), (1, 2)),
-        "H <= 4096": _ROWS((1, 8), (1, 16), (1, 4)),
-        "H > 4096": _ROWS((1, 16), (1, 8), (1, 32)),
+        384: _ROWS((8, 4), (16, 8), (4, 2), (4, 4), (2, 1)),
+        768: _ROWS((4, 4), (8, 8), (2, 4), (4, 8), (1, 2), (1, 1), (1, 4)),
+        1024: _ROWS((1, 2), (1, 4), (4, 4), (4, 8), (2, 4)),
+        2048: _ROWS((1, 4), (1, 8), (1, 2)),
+        4096: _ROWS((1, 8), (1, 16), (1, 4)),
+        8192: _ROWS((1, 16), (1, 8), (1, 32)),
     }
-    for (name, sizes), dtypes in itertools.product(widths.items(), [tuple(_DTYPES.values())]):
-        for backward in (False, True):
-            calls = tuple(functools.partial(_layer_norm, h, d, backward) for h in sizes for d in dtypes)
-            direction = "backward" if backward else "forward"
-            yield Target(f"layer_norm_{direction}", name, "layer_norm", f"{direction}_kernel", candidates[name], calls)
-            calls = tuple(
-                functools.partial(_embedding, h, d, p, backward) for h in sizes for d in dtypes for p in (0.1, 0.0)
+    dtypes = tuple(_DTYPES.values())
+    for hidden, rows in candidates.items():
+        name = launch.row_class(hidden)
+        for backward, direction in ((False, "forward"), (True, "backward")):
+            function = f"{direction}_kernel"
+            norm = tuple(functools.partial(calls.layer_norm, hidden, dtype, backward) for dtype in dtypes)
+            yield Target(f"layer_norm_{direction}", name, "layer_norm", function, rows, norm)
+            embedding = tuple(
+                functools.partial(calls.embedding, hidden, dtype, p, backward) for dtype in dtypes for p in (0.1, 0.0)
             )
-            yield Target(
-                f"embedding_{direction}", name, "embedding_layer_norm", f"{direction}_kernel", candidates[name], calls
-            )
-        calls = tuple(functools.partial(_embedding, h, d, 0.0, True) for h in sizes for d in dtypes)
-        warps = min(16, max(1, 512 * max(sizes) // 2**18))
-        chunk = _ROWS(*((rows, factor * warps) for factor in (1, 2) for rows in (4, 8, 2)))
-        yield Target("embedding_chunk", name, "embedding_layer_norm", "chunk_kernel", chunk, calls)
+            yield Target(f"embedding_{direction}", name, "embedding_layer_norm", function, rows, embedding)
+        tables = tuple(functools.partial(calls.embedding, hidden, dtype, 0.0, True) for dtype in dtypes)
+        warps = max(1, hidden // 512)
+        chunk = _ROWS(*((several, factor * warps) for factor in (1, 2) for several in (4, 8, 2)))
+        yield Target("embedding_chunk", name, "embedding_layer_norm", "chunk_kernel", chunk, tables)
         segment = _ROWS((16, 8), (16, 16), (8, 8), (4, 8), (2, 8))
-        yield Target("embedding_segment", name, "embedding_layer_norm", "segment_kernel", segment, calls)
+        yield Target("embedding_segment", name, "embedding_layer_norm", "segment_kernel", segment, tables)
 
 
 def _product_targets() -> Iterator[Target]:
-    for backward in (False, True):
-        calls = tuple(
-            functools.partial(_bias_gelu, columns, dtype, approximate, backward)
+    for backward, direction in ((False, "forward"), (True, "backward")):
+        gelu = tuple(
+            functools.partial(calls.bias_gelu, columns, dtype, approximate, backward)
             for columns in (1536, 3072, 4096)
             for dtype in _DTYPES.values()
             for approximate in ("none", "tanh")
         )
-        direction = "backward" if backward else "forward"
         blocks = _BLOCKS((4, 1024, 4), (2, 1024, 4), (1, 1024, 4), (8, 512, 4), (4, 512, 4), (2, 1024, 8), (1, 1024, 2))
-        yield Target(f"bias_gelu_{direction}", "all", "bias_gelu", f"{direction}_kernel", blocks, calls)
+        yield Target(f"bias_gelu_{direction}", "all", "bias_gelu", f"{direction}_kernel", blocks, gelu)
     large = {
         16: _LINEAR(
             (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 256, 64, 8, 3), (128, 64, 64, 4, 4), (128, 64, 32, 4, 4)
@@ -227,13 +162,13 @@ def _product_targets() -> Iterator[Target]:
         32: _LINEAR((64, 64, 32, 4, 3), (64, 32, 32, 4, 3), (32, 32, 32, 4, 3), (64, 64, 16, 4, 3)),
     }
     for bits, dtype in _DTYPES.items():
-        for name, candidates, tokens in (("large", large[bits], TOKENS), ("small", small[bits], 64)):
-            calls = tuple(
-                functools.partial(_linear_gelu, hidden, dtype, tokens, needs_hidden)
+        for name, candidates, tokens in (("large", large[bits], calls.TOKENS), ("small", small[bits], 64)):
+            products = tuple(
+                functools.partial(calls.linear_gelu, 4 * hidden, hidden, dtype, tokens, needs_hidden)
                 for hidden in (384, 768, 1024)
                 for needs_hidden in (True, False)
             )
-            yield Target("linear_gelu", f"{bits} bits, {name}", "linear_gelu", "forward_kernel", candidates, calls)
+            yield Target("linear_gelu", f"{bits} bits, {name}", "linear_gelu", "forward_kernel", candidates, products)
 
 
 def targets() -> list[Target]:
@@ -257,13 +192,11 @@ def _valid(job: tuple[int, Options, int]) -> bool:
     """Whether the configuration compiles within the limits of the capability wherever its class is launched."""
     index, options, capability = job
     target = targets()[index]
-    meta = torch.device("meta")
-    found: dict[kernels.Launch, None] = {}
     with _with(target, options):
-        for call in target.calls:
-            recorded = kernels.launches(target.op, lambda _, call=call: call(meta)(), capability)
-            found |= dict.fromkeys(x for x in recorded if x.kernel == target.function)
+        found = kernels.launches(target.op, target.calls, capability)
     for one in found:
+        if one.kernel != target.function:
+            continue
         report = kernels.compile_launch(one, capability)
         if report.stack > 0 or report.shared > kernels.LIMITS[capability].shared_block:
             return False
@@ -276,6 +209,40 @@ def _seconds(target: Target, options: Options) -> float:
 
     with _with(target, options):
         return sum(do_bench(call(torch.device("cuda")), return_mode="median") for call in target.calls) / 1000.0
+
+
+def _time_routes(dtype: torch.dtype, features: int, hidden: int, rows: int) -> dict[str, float]:
+    """Seconds of each route of linear-GELU, in training, on the present GPU."""
+    from triton.testing import do_bench
+
+    device = torch.device("cuda")
+    made = {r: calls.linear_gelu(features, hidden, dtype, rows, True, device, r) for r in by_shape.ROUTES}
+    return {route: do_bench(call, return_mode="median") / 1000.0 for route, call in made.items()}
+
+
+def measure_routes(
+    path: Path, capability: int, seconds: Callable[[torch.dtype, int, int, int], dict[str, float]] = _time_routes
+) -> None:
+    """Time the routes of linear-GELU at the models' shapes and write which was the faster; keep other capabilities."""
+    text = path.read_text(encoding="utf-8")
+    entries = [entry for entry in tomllib.loads(text)["measured"] if entry["capability"] != capability]
+    classes = [2**power for power in range(17) if by_shape.rows_class(2**power) == 2**power]
+    for dtype, shape in itertools.product(kernels.DTYPES, kernels.MODELS.values()):
+        faster = {}
+        for rows in classes:
+            times = seconds(dtype, shape.intermediate, shape.hidden, rows)
+            faster[str(rows)] = min(times, key=lambda route: times[route])
+            print(f"linear_gelu, {dtype}, {rows} x {shape.hidden} -> {shape.intermediate}: {times}", flush=True)
+        name = str(dtype).removeprefix("torch.")
+        entry = {"capability": capability, "dtype": name, "N": shape.intermediate, "K": shape.hidden, "faster": faster}
+        entries.append(entry)
+    comments = [line for line in text.splitlines() if line.startswith("#")]
+    lines = [*comments]
+    for entry in entries:
+        routes = ", ".join(f'{rows} = "{route}"' for rows, route in entry["faster"].items())
+        lines += ["", "[[measured]]", f"capability = {entry['capability']}", f'dtype = "{entry["dtype"]}"']
+        lines += [f"N = {entry['N']}", f"K = {entry['K']}", f"faster = {{ {routes} }}"]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def write(table: dict[str, dict[str, dict[str, Options]]]) -> None:
@@ -310,6 +277,8 @@ def main() -> None:
             for capability in sorted(capabilities):
                 _choose(table, index, target, capability, measured, pool)
                 write(table)
+    if measured and args.kernel in "linear_gelu":
+        measure_routes(by_shape.MEASURED, capabilities[0])
 
 
 def _choose(table: Any, index: int, target: Target, capability: int, measured: bool, pool: Any) -> None:

@@ -85,6 +85,7 @@ def after_attention(
     tensors = [None if tensor is None else tensor.to(dtype) for tensor, dtype in zip(p, casts, strict=True)]
     seed1 = checks.dropout_seed(settings.p1, seed1, x.device)
     seed2 = checks.dropout_seed(settings.p2, seed2, x.device)
+    # torch gives apply no types.
     y2: Tensor = _AfterAttention.apply(
         context.to(product), x.to(dtypes.hidden), *tensors, seed1, seed2, settings, dtypes
     )[0]  # type: ignore[no-untyped-call]

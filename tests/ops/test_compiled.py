@@ -78,11 +78,10 @@ def check_products(report, what):
 
 def check_accesses(report, what):
     launch = report.launch
-    read, written = MEMORY_BOUND.get((launch.op, launch.kernel), (0, 0))
-    if launch.kernel == "forward_kernel" and launch.op == "attention" and not dict(launch.constants)["WHOLE"]:
+    whole = dict(launch.constants).get("WHOLE", True)  # long sequences' attention isn't bound by memory
+    if (launch.op, launch.kernel) not in MEMORY_BOUND or not whole:
         return
-    if launch.op == "linear_gelu" or not read:
-        return
+    read, written = MEMORY_BOUND[launch.op, launch.kernel]
     size = 4 if launch.kernel == "segment_kernel" else torch.finfo(DTYPES[launch.dtype]).bits // 8
     each = rows_of_a_program(launch) * size / (32 * report.warps * 16)
     for name, tensors in (("LDG", read), ("STG", written)):

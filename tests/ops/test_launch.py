@@ -6,7 +6,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing is launched")
 
+from benchmarks import kernels, tune
 from fastbert.backends import launch, triton_utils
+from fastbert.ops.linear_gelu import by_shape
 
 
 @pytest.mark.parametrize(
@@ -45,3 +47,30 @@ def test_every_class_has_its_options():
         for kernel in ("attention_forward", "attention_backward_dq", "attention_backward_dkv"):
             for entry in table[kernel][f"{shapes}, long"].values():
                 assert entry.keys() == {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}
+
+
+def test_every_row_of_the_table_can_be_tuned():
+    """But for the numbers of keys that a program takes whole, which follow from what compiles."""
+    rows = {(kernel, shapes) for kernel, classes in launch.table().items() for shapes in classes}
+    targets = {(target.kernel, target.shape_class) for target in tune.targets()}
+    whole = {row for row in rows if row[1].endswith("whole")}
+    assert targets <= rows
+    missing = rows - whole - targets
+    assert missing == set()
+
+
+def test_measured_routes_are_written_as_they_are_read(tmp_path):
+    path = tmp_path / "by_shape.toml"
+    path.write_text(
+        '# Which was the faster.\n[[measured]]\ncapability = 80\ndtype = "float32"\nN = 5\nK = 7\n'
+        'faster = { 64 = "triton" }\n'
+    )
+    for _ in range(2):  # the second time takes the place of the first
+        tune.measure_routes(path, 90, lambda dtype, N, K, rows: {"triton": rows, "cublas_triton": 1000.0})
+    table = by_shape.read(path)
+    assert table.pop((80, "float32", 5, 7, 64)) == "triton"
+    assert len(table) == len(kernels.DTYPES) * len(kernels.MODELS) * 11
+    for (capability, _, _, _, rows), route in table.items():
+        assert capability == 90
+        assert route == ("triton" if rows < 1000 else "cublas_triton")
+    assert path.read_text().startswith("# Which was the faster.\n")

@@ -128,6 +128,10 @@ def test_without_a_backward_nothing_is_kept(impl):
     output, *kept = forward(problem, 0.1, impl, needs_backward=False)
     assert torch.equal(output, expected)
     assert [x.shape for x in kept] == [(0,)] * 3
+    x, residual, *parameters = (problem.tensors[name] for name in ("x", "residual", "weight", "ln_bias"))
+    arguments = (x, None, residual, *parameters, EPS, 0.0, None, False, impl)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.fastbert.bias_dropout_residual_layer_norm.default, arguments, test_utils=checks)
     leaves = {name: x.requires_grad_() for name, x in problem.tensors.items()}
     with torch.no_grad():
         assert torch.equal(problem.actual(**leaves, impl=impl), expected)

@@ -37,6 +37,10 @@ def test_without_a_gradient_nothing_is_kept(impl):
     x, weight = torch.randn(5, 8), torch.randn(6, 8)
     chosen = torch.ops.fastbert.linear_gelu(x, weight, None, "none", False, impl)
     assert chosen[1].shape == (0,)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.fastbert.linear_gelu.default, (x, weight, None, "none", False, impl), test_utils=checks
+    )
     assert torch.equal(chosen[0], torch.ops.fastbert.linear_gelu(x, weight, None, "none", True, impl)[0])
     with pytest.raises(RuntimeError, match="needs_hidden=False"):
         torch.ops.fastbert.linear_gelu(x.requires_grad_(), weight, None, "none", False, impl)[0].sum().backward()

@@ -16,9 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import BertConfig, BertPreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, MaskedLMOutput
 from transformers.models.bert import modeling_bert as hf
 from transformers.utils import output_capturing
 
@@ -314,21 +315,67 @@ class _Head(_FromSafetensors, BertPreTrainedModel):
 
 def _reading(forward: Callable[..., Any], labels_only: bool = True) -> Callable[..., Any]:
     """``forward`` of a head that uses the states of padded positions: those that have a label, or all."""
-    position = list(inspect.signature(forward).parameters).index("labels") - 1 if labels_only else 0
+    signature = inspect.signature(forward)
+    position = list(signature.parameters).index("labels") - 1 if labels_only else 0
 
     @functools.wraps(forward)
-    def wrapper(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
         read: Tensor | str | None = "all"
         if labels_only:
             labels = args[position] if len(args) > position else kwargs.get("labels")
             read = None if labels is None else labels != _IGNORED_LABEL
+            if labels is not None and getattr(self, "sparse_prediction", False) and not torch.compiler.is_compiling():
+                given = signature.bind(self, *args, **kwargs).arguments
+                del given["self"]
+                return self._predict_sparsely(read_positions=read, **given.pop("kwargs", {}), **given)
         return forward(self, *args, read_positions=read, **kwargs)
 
     return wrapper
 
 
-class BertForPreTraining(_Head, hf.BertForPreTraining):
-    """Masked language modelling and next sentence prediction; arguments and outputs of Hugging Face's class."""
+class _SparsePrediction:
+    """Vocabulary logits at labelled positions only, for the two heads that are trained to fill masks.
+
+    At 15% of the positions that is a seventh of the product with the vocabulary, BERT-base's largest, and of its
+    logits' memory. The loss and its gradients are those of all positions, as a mean over the labelled ones.
+    """
+
+    sparse_prediction: bool = False
+
+    def _predict_sparsely(
+        self: Any,
+        labels: Tensor,
+        next_sentence_label: Tensor | None = None,
+        return_dict: bool | None = None,
+        **given: Any,
+    ) -> Any:
+        outputs = self.bert(return_dict=True, **given)
+        where = (labels != _IGNORED_LABEL).flatten().nonzero().squeeze(1)
+        logits = self.cls.predictions(outputs.last_hidden_state.flatten(0, 1)[where])
+        loss = F.cross_entropy(logits, labels.flatten()[where])
+        captured = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
+        found: Any
+        if isinstance(self, hf.BertForPreTraining):
+            relationship = self.cls.seq_relationship(outputs.pooler_output)
+            # As Hugging Face's: there is a loss with both labels only.
+            both = None
+            if next_sentence_label is not None:
+                both = loss + F.cross_entropy(relationship.view(-1, 2), next_sentence_label.view(-1))
+            found = hf.BertForPreTrainingOutput(
+                loss=both, prediction_logits=logits, seq_relationship_logits=relationship, **captured
+            )
+        else:
+            found = MaskedLMOutput(loss=loss, logits=logits, **captured)
+        return found if (self.config.return_dict if return_dict is None else return_dict) else found.to_tuple()
+
+
+class BertForPreTraining(_SparsePrediction, _Head, hf.BertForPreTraining):
+    """Masked language modelling and next sentence prediction; arguments and outputs of Hugging Face's class.
+
+    Attributes:
+        sparse_prediction: given labels, compute vocabulary logits for labelled positions only: ``prediction_logits`` is
+            then ``[N, V]``, row by row of the batch. False unless set; a traced model computes all.
+    """
 
     forward = _reading(hf.BertForPreTraining.forward)
 
@@ -340,8 +387,13 @@ class BertLMHeadModel(_Head, hf.BertLMHeadModel):
     accepts_loss_kwargs = True
 
 
-class BertForMaskedLM(_Head, hf.BertForMaskedLM):
-    """Masked language modelling; arguments and outputs of Hugging Face's class."""
+class BertForMaskedLM(_SparsePrediction, _Head, hf.BertForMaskedLM):
+    """Masked language modelling; arguments and outputs of Hugging Face's class.
+
+    Attributes:
+        sparse_prediction: given labels, compute vocabulary logits for labelled positions only: ``logits`` is then
+            ``[N, V]``, row by row of the batch. False unless set; a traced model computes all.
+    """
 
     forward = _reading(hf.BertForMaskedLM.forward)
 

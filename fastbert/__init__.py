@@ -2,7 +2,8 @@
 
 ``from fastbert import BertModel`` instead of ``from transformers import BertModel``; or :func:`accelerate` on a model
 that is already loaded; or :func:`patch` in front of code that can't be edited. :func:`explain` tells what runs where
-and why. The fused operations themselves are in :mod:`fastbert.ops`.
+and why; :func:`cuda_graphs` takes the host out of small batches on a GPU. The fused operations themselves are in
+:mod:`fastbert.ops`.
 """
 
 from transformers import BertConfig, BertPreTrainedModel
@@ -24,6 +25,7 @@ from fastbert.models.bert import (
 )
 from fastbert.models.convert import accelerate, patch, patched, unpatch
 from fastbert.models.explain import explain
+from fastbert.models.graphs import cuda_graphs
 
 interface.register()
 
@@ -42,6 +44,7 @@ __all__ = [
     "UnsupportedError",
     "__version__",
     "accelerate",
+    "cuda_graphs",
     "explain",
     "ops",
     "patch",

@@ -1,6 +1,7 @@
 """Streams, CUDA graphs and compilation on a GPU."""
 
 import functools
+import math
 import os
 import subprocess
 import sys
@@ -145,3 +146,54 @@ def test_the_model_chooses_its_kernels(dtype):
     assert rows["embeddings"] == "ops.embedding_layer_norm: triton"
     assert rows["dense, GELU"] == "ops.linear_gelu: by_shape"
     assert rows["dense, dropout, residual, LayerNorm"] == "ops.bias_dropout_residual_layer_norm: cuda"
+
+
+@pytest.mark.parametrize("name", ["BertModel", "BertForSequenceClassification", "BertForMaskedLM"])
+def test_graphs_of_a_model_replay_what_it_computes(name):
+    graphed = fastbert.cuda_graphs(twins.twins(name)[1].eval().cuda(), batch_sizes=(1, 8), lengths=(16, 48))
+    for batch_size, seqlen, kind in ((5, 37, "right"), (1, 9, "none"), (8, 48, "holes"), (5, 37, "right")):
+        inputs = {key: value.cuda() for key, value in twins.batch(batch_size, seqlen, kind).items()}
+        with torch.no_grad():
+            actual, expected = graphed(**inputs), graphed.model(**inputs)
+        assert graphed.route.startswith("graph "), graphed.route
+        for key in expected:
+            torch.testing.assert_close(actual[key], expected[key], atol=1e-4, rtol=1e-4)
+
+
+def test_a_graph_on_another_stream_than_the_last():
+    graphed = fastbert.cuda_graphs(twins.twins()[1].eval().cuda(), batch_sizes=(8,), lengths=(48,))
+    batches = [{key: value.cuda() for key, value in twins.batch(seed=seed).items()} for seed in range(4)]
+    with torch.no_grad():
+        expected = [graphed.model(**inputs).last_hidden_state for inputs in batches]
+        graphed(**batches[0])
+        torch.cuda.synchronize()
+        actual = []
+        for inputs in batches:
+            with torch.cuda.stream(torch.cuda.Stream()):
+                actual.append(graphed(**inputs).last_hidden_state)
+        torch.cuda.synchronize()
+    for one, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_a_fine_tuning_step_can_be_captured():
+    """Forward, backward and the optimizer's step, with dropout: replays go on learning."""
+    model = twins.twins("BertForSequenceClassification", **DROPOUT)[1].cuda().train()
+    inputs = {key: value.cuda() for key, value in twins.batch().items()}
+    inputs["labels"] = torch.arange(5, device="cuda") % 2
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=True, fused=True)
+
+    def step():
+        optimizer.zero_grad(set_to_none=False)
+        loss = model(**inputs).loss
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    graph, loss = capture(step)
+    losses = []
+    for _ in range(60):
+        graph.replay()
+        losses.append(float(loss))
+    assert all(map(math.isfinite, losses))
+    assert sum(losses[-10:]) < 0.7 * sum(losses[:10])

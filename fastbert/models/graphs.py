@@ -1,0 +1,215 @@
+"""CUDA graphs: inference replayed without the host's launches, one graph for each bucket of batch and length.
+
+At small batches a forward is bound by the host, which launches some eight kernels a layer. A captured graph is one
+launch. It computes one shape only, so a batch is padded to the nearest bucket; attention still skips the padding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbert.models import bert
+
+BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+
+_WARM_UP = 3
+_ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")
+# Outputs of two dimensions whose second is the position; of any other it is a class or a feature.
+_BY_POSITION = ("start_logits", "end_logits")
+
+Bucket = tuple[int, int]
+
+
+def cuda_graphs(
+    model: nn.Module, batch_sizes: Sequence[int] = BATCH_SIZES, lengths: Sequence[int] = LENGTHS
+) -> GraphedModel:
+    """Make ``model`` replay CUDA graphs in inference.
+
+    Args:
+        model: a fastbert model or one that ``accelerate`` has converted, on a GPU and in ``eval`` mode.
+        batch_sizes, lengths: the buckets; a batch takes the smallest that holds it. Lengths over the model's
+            ``max_position_embeddings`` are left out.
+
+    Returns:
+        A module that is called as ``model`` is, with the same outputs. A graph is captured at the first batch of its
+        bucket; what the graphs can't serve is run by ``model`` itself, and ``route`` says why.
+
+    Raises:
+        TypeError: ``model`` isn't one of fastbert's.
+        ValueError: there is no bucket, or one isn't positive.
+    """
+    return GraphedModel(model, batch_sizes, lengths)
+
+
+@dataclasses.dataclass
+class _Captured:
+    """A graph with the tensors that it reads and writes, and the addresses of the parameters that it knows."""
+
+    graph: Any
+    inputs: dict[str, Tensor]
+    outputs: Any
+    parameters: tuple[int, ...]
+
+
+class GraphedModel(nn.Module):
+    """A model whose inference is replayed from graphs; see :func:`cuda_graphs`.
+
+    Padding may be anywhere in a row; but as under ``torch.compile``, the pooled output of a row that begins with it is
+    NaN. Weights may be changed in place (``load_state_dict``, an optimizer's step); where they move (``to``), graphs
+    are captured again. Outputs are copies, so the next call leaves them as they are. Calls of several threads wait for
+    each other.
+
+    Attributes:
+        model: the model.
+        route: how the last call went: "graph BATCHxLENGTH", or why it was run without.
+    """
+
+    route: str | None = None
+
+    def __init__(self, model: Any, batch_sizes: Sequence[int], lengths: Sequence[int]) -> None:
+        super().__init__()
+        if type(model) not in bert.MODELS.values():
+            raise TypeError(
+                f"model is a {type(model).__module__}.{type(model).__qualname__}; it must be one of fastbert's, or one "
+                "that fastbert.accelerate has converted"
+            )
+        for name, sizes in (("batch_sizes", batch_sizes), ("lengths", lengths)):
+            if not sizes or min(sizes) < 1:
+                raise ValueError(f"{name} is {tuple(sizes)}; it must be one positive number or more")
+        self.model = model
+        self._batch_sizes = tuple(sorted(batch_sizes))
+        self._lengths = tuple(sorted(n for n in lengths if n <= model.config.max_position_embeddings))
+        self._captured: dict[Bucket, _Captured] = {}
+        self._refused: dict[Bucket, str] = {}
+        # Made with the first graph: the memory that all graphs share, and the end of the last call.
+        self._pool: Any = None
+        self._done: Any = None
+        self._lock = threading.Lock()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's."""
+        given, reason = self._given(args, kwargs)
+        if reason is None:
+            batch, length = given["input_ids"].shape
+            bucket = (_smallest(self._batch_sizes, batch), _smallest(self._lengths, length))
+            with self._lock:
+                reason = self._outside(bucket, batch, length) or self._replayable(bucket, given)
+                if reason is None:
+                    self.route = f"graph {bucket[0]}x{bucket[1]}"
+                    return self._replay(self._captured[bucket], given)
+        self.route = reason
+        return self.model(*args, **kwargs)
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], str | None]:
+        """The arguments that a graph takes, and why a call can't be replayed whatever its size is."""
+        given = dict(zip(_ARGUMENTS, args, strict=False)) | {k: v for k, v in kwargs.items() if v is not None}
+        ids = given.get("input_ids")
+        if len(args) > len(_ARGUMENTS) or (other := sorted(given.keys() - set(_ARGUMENTS))):
+            return given, f"{', '.join(other) if len(args) <= len(_ARGUMENTS) else 'position_ids'} is given"
+        given = {name: value for name, value in given.items() if value is not None}
+        if self.model.training:
+            return given, "the model is in train mode, and the graphs are of inference (call eval() first)"
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):
+            return given, "gradients are needed (use torch.no_grad() or torch.inference_mode())"
+        if ids is None or ids.dim() != 2 or ids.numel() == 0:
+            return given, "input_ids isn't [batch, sequence]"
+        if any(value.shape != ids.shape for value in given.values()):
+            return given, "attention_mask or token_type_ids hasn't the shape of input_ids"
+        if torch.compiler.is_compiling():
+            return given, "the model is being traced"
+        return given, self._missing_device(ids)
+
+    def _missing_device(self, ids: Tensor) -> str | None:
+        if ids.device.type != "cuda":
+            return f"graphs are of a GPU, and the tensors are on {ids.device.type}"
+        if torch.cuda.is_current_stream_capturing():
+            return "a graph is being captured around it"
+        return None
+
+    def _outside(self, bucket: tuple[int | None, int | None], batch: int, length: int) -> str | None:
+        if bucket[0] is None:
+            return f"the batch is {batch}, and the largest bucket {self._batch_sizes[-1]}"
+        if bucket[1] is None:
+            return f"the length is {length}, and the largest bucket {self._lengths[-1] if self._lengths else 'none'}"
+        return None
+
+    def _replayable(self, bucket: Bucket, given: dict[str, Tensor]) -> str | None:
+        """Capture the bucket's graph unless there is one; why it can't be."""
+        parameters = tuple(p.data_ptr() for p in self.model.parameters())
+        captured = self._captured.get(bucket)
+        if captured is not None and captured.parameters == parameters:
+            return None
+        if bucket in self._refused:
+            return self._refused[bucket]
+        if captured is not None:
+            # Weights moved: every graph reads where they were.
+            self._captured.clear()
+        try:
+            self._captured[bucket] = self._capture(bucket, given["input_ids"].device, parameters)
+        except RuntimeError as error:
+            self._refused[bucket] = f"no graph could be captured: {str(error).splitlines()[0]}"
+            return self._refused[bucket]
+        return None
+
+    # Not in inference mode, even where the caller is: its tensors couldn't be written to outside of it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _capture(self, bucket: Bucket, device: torch.device, parameters: tuple[int, ...]) -> _Captured:
+        inputs = {name: torch.zeros(bucket, dtype=torch.int64, device=device) for name in _ARGUMENTS}
+        # Something to attend to, so that what is warmed up is what will run.
+        inputs["attention_mask"].fill_(1)
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UP):
+                self.model(**inputs)
+        torch.cuda.current_stream(device).wait_stream(stream)
+        if self._pool is None:
+            self._pool, self._done = torch.cuda.graph_pool_handle(), torch.cuda.Event()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, of a data loader for instance, may go on using the device meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            outputs = self.model(**inputs)
+        return _Captured(graph, inputs, outputs, parameters)
+
+    @torch.no_grad()
+    def _replay(self, captured: _Captured, given: dict[str, Tensor]) -> Any:
+        batch, length = given["input_ids"].shape
+        # The last call's copies may still be under way on another stream, and all graphs share their memory.
+        self._done.wait()
+        for name, target in captured.inputs.items():
+            value = given.get(name)
+            target.zero_()
+            if value is not None:
+                target[:batch, :length].copy_(value != 0 if name == "attention_mask" else value, non_blocking=True)
+            elif name == "attention_mask":
+                target[:batch, :length].fill_(1)
+        captured.graph.replay()
+        outputs = _copied(captured.outputs, batch, length)
+        self._done.record()
+        return outputs
+
+
+def _smallest(sizes: Sequence[int], needed: int) -> Any:
+    return next((size for size in sizes if size >= needed), None)
+
+
+def _copied(outputs: Any, batch: int, length: int) -> Any:
+    """The part of an output that belongs to the batch, in memory of its own."""
+
+    def copied(name: str, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(copied(name, one) for one in value)
+        value = value[:batch]
+        if value.dim() == 3 or name in _BY_POSITION:
+            value = value[:, :length]
+        return value.clone()
+
+    return type(outputs)(**{name: copied(name, value) for name, value in outputs.items()})

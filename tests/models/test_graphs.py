@@ -1,0 +1,207 @@
+"""``cuda_graphs``: buckets, padding, copies and reasons. Graphs that run the model again stand in for a GPU's."""
+
+import contextlib
+
+import pytest
+import torch
+import transformers
+from models import twins
+
+import fastbert
+from fastbert.models import graphs
+
+
+class Rerun:
+    """What a graph does: the same computation on the same tensors, into the same memory."""
+
+    def __init__(self, model, inputs):
+        self.model, self.inputs = model, inputs
+        self.outputs = model(**inputs)
+        self.replays = 0
+
+    def replay(self):
+        self.replays += 1
+        for target, value in zip(self.outputs.to_tuple(), self.model(**self.inputs).to_tuple(), strict=True):
+            for one, other in zip(tensors(target), tensors(value), strict=True):
+                one.copy_(other)
+
+
+def tensors(value):
+    return value if isinstance(value, tuple) else (value,)
+
+
+class Event:
+    def wait(self):
+        pass
+
+    def record(self):
+        pass
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Graphs of the CPU; the list holds the bucket of every capture."""
+    captures = []
+
+    @torch.no_grad()
+    def capture(self, bucket, device, parameters):
+        captures.append(bucket)
+        self._done = Event()
+        inputs = {name: torch.zeros(bucket, dtype=torch.int64) for name in graphs._ARGUMENTS}
+        inputs["attention_mask"].fill_(1)
+        rerun = Rerun(self.model, inputs)
+        return graphs._Captured(rerun, inputs, rerun.outputs, parameters)
+
+    monkeypatch.setattr(graphs.GraphedModel, "_capture", capture)
+    monkeypatch.setattr(graphs.GraphedModel, "_missing_device", lambda self, ids: None)
+    return captures
+
+
+@pytest.fixture
+def graphed(on_cpu):
+    return fastbert.cuda_graphs(twins.twins()[1], batch_sizes=(1, 4, 8), lengths=(8, 16, 48))
+
+
+def expected(graphed, inputs):
+    with torch.no_grad():
+        return graphed.model(**inputs)
+
+
+@pytest.mark.parametrize("name", ["BertModel", *(n for n in twins.HEADS if n != "BertForMultipleChoice")])
+@pytest.mark.parametrize("kind", ["none", "right", "holes"])
+def test_every_output_is_the_models(on_cpu, name, kind):
+    graphed = fastbert.cuda_graphs(twins.twins(name)[1], batch_sizes=(8,), lengths=(16, 48))
+    for batch_size, seqlen in ((5, 37), (8, 48), (1, 16), (3, 4)):
+        inputs = twins.batch(batch_size, seqlen, kind)
+        with torch.no_grad():
+            actual = graphed(**inputs)
+        assert graphed.route == f"graph 8x{16 if seqlen <= 16 else 48}"
+        wanted = expected(graphed, inputs)
+        assert actual.keys() == wanted.keys()
+        for key in wanted:
+            torch.testing.assert_close(actual[key], wanted[key], atol=2e-5, rtol=1e-4)
+
+
+def test_a_batch_takes_the_smallest_bucket_that_holds_it(graphed, on_cpu):
+    with torch.no_grad():
+        for batch_size, seqlen in ((1, 8), (1, 9), (2, 8), (4, 16), (5, 17), (1, 3)):
+            graphed(**twins.batch(batch_size, seqlen))
+    assert on_cpu == [(1, 8), (1, 16), (4, 8), (4, 16), (8, 48)]
+
+
+def test_outputs_stay_as_they_are_at_the_next_call(graphed):
+    with torch.no_grad():
+        first = graphed(**twins.batch(4, 16, seed=0)).last_hidden_state
+        kept = first.clone()
+        graphed(**twins.batch(4, 16, seed=1))
+    assert torch.equal(first, kept)
+
+
+def test_nothing_is_left_of_a_longer_batch(graphed):
+    short = twins.batch(2, 9, "none", seed=1)
+    with torch.no_grad():
+        graphed(**twins.batch(4, 16, seed=0))
+        actual = graphed(**short)
+    torch.testing.assert_close(
+        actual.last_hidden_state, expected(graphed, short).last_hidden_state, atol=2e-5, rtol=1e-4
+    )
+
+
+def test_weights_changed_in_place_are_used(graphed, on_cpu):
+    inputs = twins.batch(4, 16)
+    with torch.no_grad():
+        before = graphed(**inputs).last_hidden_state
+        for parameter in graphed.model.parameters():
+            parameter.mul_(1.1)
+        after = graphed(**inputs).last_hidden_state
+    assert len(on_cpu) == 1
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, expected(graphed, inputs).last_hidden_state, atol=2e-5, rtol=1e-4)
+
+
+def test_weights_that_move_are_captured_again(graphed, on_cpu):
+    with torch.no_grad():
+        graphed(**twins.batch(4, 16))
+        graphed(**twins.batch(1, 8))
+        graphed.model.to(torch.bfloat16)
+        assert graphed(**twins.batch(4, 16)).last_hidden_state.dtype == torch.bfloat16
+        graphed(**twins.batch(1, 8))
+    assert on_cpu == [(4, 16), (1, 8), (4, 16), (1, 8)]
+
+
+def test_positional_arguments(graphed):
+    inputs = twins.batch(4, 16)
+    with torch.no_grad():
+        actual = graphed(inputs["input_ids"], inputs["attention_mask"])
+    wanted = expected(graphed, {name: inputs[name] for name in ("input_ids", "attention_mask")})
+    assert graphed.route == "graph 4x16"
+    torch.testing.assert_close(actual.pooler_output, wanted.pooler_output, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"batch": (9, 8)}, "the batch is 9, and the largest bucket 8"),
+        ({"batch": (1, 49)}, "the length is 49, and the largest bucket 48"),
+        ({"output_hidden_states": True}, "output_hidden_states is given"),
+        ({"return_dict": False}, "return_dict is given"),
+        ({"position_ids": torch.arange(8)[None]}, "position_ids is given"),
+        ({"train": True}, "the model is in train mode"),
+        ({"grad": True}, "gradients are needed"),
+        ({"attention_mask": torch.ones(1, 1, 8, 8)}, "hasn't the shape of input_ids"),
+    ],
+)
+def test_what_no_graph_serves_is_run_by_the_model_with_a_reason(graphed, on_cpu, change, reason):
+    change = dict(change)
+    inputs = twins.batch(*change.pop("batch", (1, 8)))
+    graphed.train(change.pop("train", False))
+    needs_grad = change.pop("grad", False)
+    with contextlib.nullcontext() if needs_grad else torch.no_grad():
+        actual = graphed(**inputs, **change) if "attention_mask" not in change else graphed(**{**inputs, **change})
+        wanted = graphed.model(**{**inputs, **change})
+    assert reason in graphed.route
+    assert on_cpu == []
+    actual, wanted = ((one if isinstance(one, tuple) else one.to_tuple())[0] for one in (actual, wanted))
+    torch.testing.assert_close(actual, wanted)
+    assert actual.requires_grad == (needs_grad or graphed.training) or not needs_grad
+
+
+def test_a_failed_capture_is_a_reason_and_is_not_tried_again(graphed, on_cpu, monkeypatch):
+    tries = []
+
+    def capture(self, bucket, device, parameters):
+        tries.append(bucket)
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(graphs.GraphedModel, "_capture", capture)
+    with torch.no_grad():
+        for _ in range(2):
+            graphed(**twins.batch(1, 8))
+    assert graphed.route == "no graph could be captured: operation not permitted when stream is capturing"
+    assert tries == [(1, 8)]
+
+
+def test_on_a_cpu_the_model_runs_and_says_why():
+    graphed = fastbert.cuda_graphs(twins.twins()[1])
+    with torch.no_grad():
+        output = graphed(**twins.batch(1, 8))
+    assert graphed.route == "graphs are of a GPU, and the tensors are on cpu"
+    assert output.last_hidden_state.shape == (1, 8, 64)
+
+
+def test_lengths_beyond_the_models_are_left_out(on_cpu):
+    graphed = fastbert.cuda_graphs(twins.twins(max_position_embeddings=20)[1], lengths=(16, 64))
+    with torch.no_grad():
+        graphed(**twins.batch(1, 18))
+    assert graphed.route == "the length is 18, and the largest bucket 16"
+
+
+def test_what_is_not_fastberts_is_refused():
+    with pytest.raises(TypeError, match=r"transformers.*BertModel; it must be one of fastbert's"):
+        fastbert.cuda_graphs(transformers.BertModel(twins.config()))
+
+
+@pytest.mark.parametrize("sizes", [{"batch_sizes": ()}, {"lengths": (0, 8)}])
+def test_buckets_are_positive(sizes):
+    with pytest.raises(ValueError, match="it must be one positive number or more"):
+        fastbert.cuda_graphs(twins.twins()[1], **sizes)

@@ -76,4 +76,5 @@ def linear_gelu(
     module = importlib.import_module(f"fastbert.ops.linear_gelu.{route}")
     x = torch.empty(tokens, hidden, dtype=dtype, device=device).normal_()
     weight = torch.empty(features, hidden, dtype=dtype, device=device).normal_()
-    return lambda: module.forward(x, weight, weight[:, 0].contiguous(), "none", needs_hidden)
+    bias = weight[:, 0].contiguous()
+    return lambda: module.forward(x, weight, bias, "none", needs_hidden)

@@ -24,7 +24,7 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.utils import output_capturing
 
 from fastbert.backends import philox
-from fastbert.models import inputs, layers, packing
+from fastbert.models import inputs, joined, layers, packing
 
 PACKED = "packed"
 
@@ -183,7 +183,8 @@ class BertModel(_FromSafetensors, hf.BertModel):
             packing=packed,
             seed=None if seeds is None else seeds[0],
         )
-        encoded = self.encoder(hidden_states, packing=packed, seeds=seeds).last_hidden_state
+        projections = joined.join(self.encoder, hidden_states)
+        encoded = self.encoder(hidden_states, packing=packed, seeds=seeds, projections=projections).last_hidden_state
         sequence_output = packed.unpack(encoded)
         pooled_output = None
         if self.pooler is not None:

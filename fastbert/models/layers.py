@@ -22,7 +22,10 @@ from transformers.models.bert import modeling_bert as hf
 from fastbert import ops
 from fastbert.backends import prepacked
 from fastbert.models import after_attention
+from fastbert.models.joined import Projection
 from fastbert.models.packing import Packing
+
+Projections = dict[nn.Module, Projection]
 
 # The seeds that one layer takes: attention probabilities, attention output, layer output.
 SEEDS_PER_LAYER = 3
@@ -229,13 +232,14 @@ class BertSelfAttention(hf.BertSelfAttention):
         past_key_values: Any = None,
         packing: Packing | None = None,
         seed: Tensor | None = None,
+        projections: Projections | None = None,
         **kwargs: Any,
     ) -> Any:
         """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face."""
         if packing is None:
             return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
         context = ops.attention(
-            self._project(hidden_states).view(-1, 3, self.num_attention_heads, self.attention_head_size),
+            self._project(hidden_states, projections).view(-1, 3, self.num_attention_heads, self.attention_head_size),
             packing.cu_seqlens,
             packing.max_seqlen,
             scale=self.scaling,
@@ -244,13 +248,15 @@ class BertSelfAttention(hf.BertSelfAttention):
         )
         return context.flatten(1), None
 
-    def _project(self, hidden_states: Tensor) -> Tensor:
+    def _project(self, hidden_states: Tensor, projections: Projections | None) -> Tensor:
         """Query, key and value side by side: ``[T, H]`` -> ``[T, 3 * H]``."""
         linears = (self.query, self.key, self.value)
         if self.unfused():
             return torch.cat([linear(hidden_states) for linear in linears], dim=-1)
         if packed := _prepacked(self, hidden_states, *linears):
             return prepacked.linear(hidden_states, packed)
+        if projections and (projection := projections.get(self)):
+            return F.linear(hidden_states, projection.weight, projection.bias)
         weight = torch.cat([linear.weight for linear in linears])
         bias = None if self.query.bias is None else torch.cat([linear.bias for linear in linears])
         return F.linear(hidden_states, weight, bias)
@@ -287,6 +293,7 @@ class BertAttention(hf.BertAttention):
         past_key_values: Any = None,
         packing: Packing | None = None,
         seeds: Tensor | None = None,
+        projections: Projections | None = None,
         **kwargs: Any,
     ) -> Any:
         """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face."""
@@ -294,7 +301,7 @@ class BertAttention(hf.BertAttention):
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
             )
-        context, _ = self.self(hidden_states, packing=packing, seed=_at(seeds, 0))
+        context, _ = self.self(hidden_states, packing=packing, seed=_at(seeds, 0), projections=projections)
         return self.output(context, hidden_states, _at(seeds, 1)), None
 
 
@@ -359,12 +366,14 @@ class BertLayer(hf.BertLayer):
         past_key_values: Any = None,
         packing: Packing | None = None,
         seeds: Tensor | None = None,
+        projections: Projections | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face.
 
         ``seeds`` (int64 ``[1 + 3 * layers]``) are those of the whole model: one for the embeddings, then three for each
-        layer. They are arguments and not drawn here, so that a recomputed layer draws the same masks.
+        layer. They are arguments and not drawn here, so that a recomputed layer draws the same masks. ``projections``
+        are what ``joined.join`` made.
         """
         if packing is None:
             return super().forward(
@@ -374,13 +383,15 @@ class BertLayer(hf.BertLayer):
             first = 1 + SEEDS_PER_LAYER * self.attention.self.layer_idx
             seeds = seeds[first : first + SEEDS_PER_LAYER]
         if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or unserved(hidden_states) or self.unfused()):
-            context, _ = self.attention.self(hidden_states, packing=packing, seed=_at(seeds, 0))
+            context, _ = self.attention.self(
+                hidden_states, packing=packing, seed=_at(seeds, 0), projections=projections
+            )
             parameters = self._parameters_after_attention()
             if any(x is not None and x.requires_grad for x in (context, hidden_states, *parameters)):
                 return self._after_attention(context, hidden_states, parameters, seeds)
             attention_output = self.attention.output(context, hidden_states, _at(seeds, 1))
         else:
-            attention_output, _ = self.attention(hidden_states, packing=packing, seeds=seeds)
+            attention_output, _ = self.attention(hidden_states, packing=packing, seeds=seeds, projections=projections)
         return self._feed_forward(attention_output, packing.shape[0], _at(seeds, 2))
 
     def _parameters_after_attention(self) -> after_attention.Parameters:

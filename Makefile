@@ -9,6 +9,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+PEERS := $(VENV)/peers
 GPU_VENV := .venv-gpu
 # Machine code for the GPUs that are there; for all that are supported where there are none.
 GPU_BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 && echo -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native)
@@ -28,8 +29,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)
-	$(BIN)/python -m benchmarks.model
+bench: $(PEERS)
+	$(BIN)/fastbert bench --out benchmarks/results
+	$(BIN)/fastbert bench report
 
 # An environment that sees the packages of PYTHON's, so that nothing is changed or fetched there.
 gpu:
@@ -45,6 +47,10 @@ $(READY): $(SOURCES)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --editable ".[test,lint]"
+	touch $@
+
+$(PEERS): $(READY)
+	$(BIN)/python -m pip install --quiet --editable ".[bench,peers]"
 	touch $@
 
 clean:

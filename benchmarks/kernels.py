@@ -31,28 +31,16 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import calls, harness, tables
-from benchmarks.calls import Call
 from fastbert.backends import extension
+from fastbert.cli.bench import report
+
+from . import calls, shapes
+from .calls import Call
+from .environment import RESULTS, ROOT, environment
 
 CAPABILITIES = (80, 90, 100)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a model: hidden and intermediate features, heads."""
-
-    hidden: int
-    intermediate: int
-    heads: int
-
-
-MODELS = {
-    "BERT-base": Shape(768, 3072, 12),
-    "BERT-large": Shape(1024, 4096, 16),
-    "MiniLM-L6": Shape(384, 1536, 12),
-}
 
 # The longest sequences: one for each regime of attention.
 MAX_SEQLENS = (32, 64, 128, 512)
@@ -239,10 +227,10 @@ def _instructions(code: str) -> dict[str, int]:
     return dict(counts)
 
 
-def _calls(shape: Shape, dtype: torch.dtype) -> dict[str, list[Call]]:
+def _calls(shape: shapes.Model, dtype: torch.dtype) -> dict[str, list[Call]]:
     """The calls that a model makes, by op; linear-GELU with many rows and with few."""
     hidden, directions, dropouts = shape.hidden, (False, True), (0.0, 0.1)
-    size = hidden // shape.heads
+    size = shape.head_size
     return {
         "attention": [
             functools.partial(calls.attention, shape.heads, size, dtype, max_seqlen, p, backward)
@@ -270,7 +258,7 @@ def _calls(shape: Shape, dtype: torch.dtype) -> dict[str, list[Call]]:
 def all_launches(capability: int) -> list[Launch]:
     """Those of every op, at the shapes of the models."""
     found: dict[Launch, None] = {}
-    for shape in MODELS.values():
+    for shape in shapes.MODELS.values():
         for dtype in DTYPES:
             for op, made in _calls(shape, dtype).items():
                 found |= dict.fromkeys(launches(op, made, capability))
@@ -363,9 +351,9 @@ def main() -> None:
     extension_rows = [
         dataclasses.asdict(report) for capability in CAPABILITIES for report in extension_reports(library, capability)
     ]
-    data = {"environment": harness.environment(), "kernels": rows, "extension": extension_rows}
-    (harness.RESULTS / "kernels.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    tables.main()
+    data = {"environment": environment(torch.device("cpu")), "kernels": rows, "extension": extension_rows}
+    (RESULTS / "kernels.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    report.run(RESULTS, ROOT, check=False)
 
 
 if __name__ == "__main__":

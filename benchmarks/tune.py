@@ -26,10 +26,11 @@ from unittest import mock
 
 import torch
 
-from benchmarks import calls, kernels
-from benchmarks.calls import Call
 from fastbert.backends import launch, triton_utils
 from fastbert.ops.linear_gelu import by_shape
+
+from . import calls, kernels, shapes
+from .calls import Call
 
 TABLE = Path(launch.__file__).with_suffix(".toml")
 HEADER = "# kernel, shape class, lowest compute capability -> options; see launch.py.\n"
@@ -227,7 +228,7 @@ def measure_routes(
     text = path.read_text(encoding="utf-8")
     entries = [entry for entry in tomllib.loads(text)["measured"] if entry["capability"] != capability]
     classes = [2**power for power in range(17) if by_shape.rows_class(2**power) == 2**power]
-    for dtype, shape in itertools.product(kernels.DTYPES, kernels.MODELS.values()):
+    for dtype, shape in itertools.product(kernels.DTYPES, shapes.MODELS.values()):
         faster = {}
         for rows in classes:
             times = seconds(dtype, shape.intermediate, shape.hidden, rows)

@@ -1,4 +1,4 @@
-"""The command line: ``fastbert compare``, ``embed`` and ``doctor``.
+"""The command line: ``fastbert compare``, ``embed``, ``bench`` and ``doctor``.
 
 Only the signatures of the commands are here; what they do is imported when they are called, so that ``--help`` and a
 mistyped option answer at once.
@@ -211,4 +211,71 @@ def _doctor(json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
     from fastbert.cli import doctor
 
     if not doctor.run(as_json=json):
+        raise typer.Exit(1)
+
+
+_bench = typer.Typer(
+    help="Measure fastbert against its peers on this machine, compare two results, or write the report.",
+    rich_markup_mode=None,
+)
+app.add_typer(_bench, name="bench")
+
+
+@_bench.callback(invoke_without_command=True)
+def _bench_run(
+    context: typer.Context,
+    quick: Annotated[bool, typer.Option("--quick", help="A few of the cases, in two minutes.")] = False,
+    filter: Annotated[
+        str | None,
+        typer.Option(help='Only the cases that match, as `pytest -k`: "attention and bfloat16".', show_default=False),
+    ] = None,
+    device: _Device = None,
+    threads: _Threads = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results, as JSON and CSV.")] = Path("bench-results"),
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(
+            metavar="OLD NEW",
+            help="Measure nothing: tell what changed from one file of results to another. The exit code is 1 if "
+            "fastbert became slower beyond the noise.",
+            show_default=False,
+        ),
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option(help="With --compare: the part by which two runs of the same code may differ.")
+    ] = 0.05,
+) -> None:
+    """Measure fastbert against its peers on this machine: first the numbers, then the time.
+
+    The exit code is 1 if fastbert failed a parity gate.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    with reported():
+        if compare is not None:
+            from fastbert.cli.bench import compare as comparison
+
+            fine = comparison.run(*compare, tolerance)
+        else:
+            from fastbert.cli.bench import run
+
+            fine = run.run(run.Options(quick=quick, filter=filter, device=device, threads=threads, out=out))
+    if not fine:
+        raise typer.Exit(1)
+
+
+@_bench.command("report")
+def _bench_report(
+    results: Annotated[Path, typer.Option(help="Folder with the results of whole runs.")] = Path("benchmarks/results"),
+    out: Annotated[Path, typer.Option(help="Folder for BENCHMARKS.md and its figures.")] = Path("."),
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; the exit code is 1 if something is out of date.")
+    ] = False,
+) -> None:
+    """Write BENCHMARKS.md and its figures from the results, and the marked tables in README.md and docs."""
+    from fastbert.cli.bench import report
+
+    with reported():
+        current = report.run(results, out, check)
+    if check and not current:
         raise typer.Exit(1)

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing is launched")
 
-from benchmarks import kernels, tune
+from benchmarks import kernels, shapes, tune
 from fastbert.backends import launch, triton_utils
 from fastbert.ops.linear_gelu import by_shape
 
@@ -69,7 +69,7 @@ def test_measured_routes_are_written_as_they_are_read(tmp_path):
         tune.measure_routes(path, 90, lambda dtype, N, K, rows: {"triton": rows, "cublas_triton": 1000.0})
     table = by_shape.read(path)
     assert table.pop((80, "float32", 5, 7, 64)) == "triton"
-    assert len(table) == len(kernels.DTYPES) * len(kernels.MODELS) * 11
+    assert len(table) == len(kernels.DTYPES) * len(shapes.MODELS) * 11
     for (capability, _, _, _, rows), route in table.items():
         assert capability == 90
         assert route == ("triton" if rows < 1000 else "cublas_triton")

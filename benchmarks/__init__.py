@@ -1,1 +1,1 @@
-"""Benchmarks of fastbert: each prints a table and writes what it measured to ``benchmarks/results/``."""
+"""The suite of benchmarks, run by ``fastbert bench``, and the scripts that tune, compile and predict kernels."""

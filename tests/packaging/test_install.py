@@ -41,6 +41,20 @@ print(json.dumps({
 }))
 """
 
+# Prints what the suite of benchmarks makes of one op.
+BENCH = """
+import json, pathlib
+from typer.testing import CliRunner
+from fastbert.cli import app
+from fastbert.cli.bench import run
+
+result = CliRunner().invoke(app, ["bench", "--quick", "--filter", "bias_gelu-forward", "--out", "out"])
+written = sorted(map(str, pathlib.Path("out").glob("*")))
+print(json.dumps({
+    "suite": str(run.suite()), "exit_code": result.exit_code, "output": result.output, "written": written
+}))
+"""
+
 # Prints what is left of the package when its extension can't be used.
 EXAMINE_BROKEN = """
 import json
@@ -108,14 +122,15 @@ def test_sdist_holds_what_a_build_and_the_tests_need(sdist: Path) -> None:
         "fastbert/py.typed",
         "pyproject.toml",
     }
-    for folder in ("csrc", "fastbert", "tests"):
+    for folder in ("benchmarks", "csrc", "fastbert", "tests"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".cpp", ".cu", ".cuh", ".h", ".py"):
                 sources.add(str(path.relative_to(ROOT)))
     assert sources <= {str(file) for file in files}
 
     tops = {"CHANGELOG.md", "CMakeLists.txt", "LICENSE", "PKG-INFO", "README.md", "csrc", "fastbert", "pyproject.toml"}
-    assert {file.parts[0] for file in files} <= tops | {"tests"}
+    assert {file.parts[0] for file in files} <= tops | {"benchmarks", "tests"}
+    assert not [file for file in files if {"figures", "results"} & set(file.parts)]
     assert not [file for file in files if "__pycache__" in file.parts or file.suffix in (".pyc", ".so")]
 
 
@@ -134,6 +149,15 @@ def test_wheel_holds_nothing_but_the_package(host_wheel: Path) -> None:
     assert suffixes == {".py", ".so", ".toml", ".typed"}
     assert "fastbert/backends/launch.toml" in names
     assert f"fastbert-{fastbert.__version__}.dist-info/licenses/LICENSE" in names
+
+
+def test_the_suite_of_benchmarks_runs_from_a_wheel(host_wheel: Path, tmp_path: Path) -> None:
+    environment = Environment(tmp_path / "venv", host_wheel)
+    report = environment.run(BENCH)
+    assert Path(report["suite"]).is_relative_to(environment.directory)
+    assert report["exit_code"] == 0, report["output"]
+    assert "fastbert is faster by" in report["output"]
+    assert len(report["written"]) == 2
 
 
 def test_cuda_auto_survives_a_broken_nvcc(sdist: Path, tmp_path: Path) -> None:

@@ -78,9 +78,7 @@ def backward(
         (any(output_mask[:3]), *output_mask[3:]),
     )
     dtables = [
-        _aten.embedding_dense_backward(dhidden, ids, table.shape[0], skipped, False).to(table.dtype)
-        if wanted
-        else table.new_empty(0)
+        _scatter(dhidden, ids, table, skipped) if wanted else table.new_empty(0)
         for table, ids, skipped, wanted in (
             (word, input_ids, padding_idx, output_mask[0]),
             (position, position_ids, -1, output_mask[1]),
@@ -92,3 +90,17 @@ def backward(
         dweight.to(weight.dtype) if output_mask[3] else weight.new_empty(0),
         dbias.to(weight.dtype) if output_mask[4] else weight.new_empty(0),
     )
+
+
+def _scatter(dhidden: Tensor, ids: Tensor, table: Tensor, skipped: int) -> Tensor:
+    """The gradient of a table, in its dtype: each row the sum of those of ``dhidden`` that looked it up."""
+    rows = table.shape[0]
+    if dhidden.dtype == table.dtype or not table.is_cpu or rows <= ids.numel():
+        return _aten.embedding_dense_backward(dhidden, ids, rows, skipped, False).to(table.dtype)  # type: ignore[no-any-return]
+    # Sums of 16 bits are made in float32: for the rows that occur, not in a copy of the whole table.
+    found, places = torch.unique(ids, return_inverse=True)
+    sums = _aten.embedding_dense_backward(dhidden, places, found.numel(), -1, False).to(table.dtype)
+    dtable = table.new_zeros(table.shape).index_copy_(0, found.long(), sums)
+    if skipped >= 0:
+        dtable[skipped] = 0.0
+    return dtable

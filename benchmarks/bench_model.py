@@ -53,8 +53,8 @@ def _on_cpu() -> list[Case]:
         found += [
             _inference_case(base, single, dtype, "cpu", (*_HUGGING_FACE, *runtimes), quick),
             _inference_case(base, padded, dtype, "cpu", (peers.SDPA, peers.OPENVINO), quick),
-            _inference_case(base, whole, dtype, "cpu", (peers.SDPA, peers.OPENVINO)),
-            _inference_case(mini, single, dtype, "cpu", (*_HUGGING_FACE, *_COMPILED, *runtimes)),
+            _inference_case(base, whole, dtype, "cpu", (peers.SDPA,)),
+            _inference_case(mini, single, dtype, "cpu", (peers.SDPA, *(() if quick else _COMPILED), *runtimes)),
             _inference_case(mini, sentences, dtype, "cpu", (peers.SDPA, *runtimes)),
         ]
     found += [

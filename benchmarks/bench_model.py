@@ -28,6 +28,7 @@ _FLOOR = "products alone"
 _HUGGING_FACE = (peers.SDPA, peers.EAGER)
 _COMPILED = (peers.COMPILED, peers.REDUCED)
 _SPARSE = f"{OURS} sparse_prediction"
+_GRAPHS = f"{OURS} cuda_graphs"
 _FINE_TUNING, _PRETRAINING = "fine-tuning step", "pretraining step"
 _MASKED = 0.15
 # The threads of some runtimes spin for a while after their work, and would slow the next contestant.
@@ -92,7 +93,8 @@ def _on_cuda() -> list[Case]:
 def _inference_case(
     model: Model, batch: Batch, dtype: str, device: str, rivals: tuple[str, ...], quick: bool = False
 ) -> Case:
-    return Case("inference", model, batch, dtype, device, (OURS, *rivals, _FLOOR), 0.0, 2.0, quick)
+    ours = (OURS, _GRAPHS) if device == "cuda" else (OURS,)
+    return Case("inference", model, batch, dtype, device, (*ours, *rivals, _FLOOR), 0.0, 2.0, quick)
 
 
 def _training_case(work: str, model: Model, batch: Batch, dtype: str, device: str, quick: bool = False) -> Case:
@@ -150,8 +152,15 @@ def _inference(case: Case) -> Contest:
 def _forward(
     name: str, stock: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype, device: torch.device
 ) -> Callable[[], Tensor]:
-    if name == OURS:
+    if name in (OURS, _GRAPHS):
         model = fastbert.accelerate(copy.deepcopy(stock).to(device, dtype), strict=True)
+        if name == _GRAPHS:
+            batch, seqlen = inputs["input_ids"].shape
+            model = fastbert.cuda_graphs(model, batch_sizes=(batch,), lengths=(seqlen,))
+            with torch.no_grad():
+                model(**inputs)
+            if not model.route.startswith("graph "):
+                raise Absent(model.route)
         return lambda: model(**inputs).last_hidden_state
     if name == peers.OPENVINO:
         return peers.openvino(stock, inputs, dtype, device)

@@ -8,6 +8,7 @@ not timed. Beside every time stand its error, its floor and its memory.
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable, Container, Iterable, Sequence
@@ -97,9 +98,15 @@ def judge(
         error = _distance(actual[name], truth)
         rounding = torch.finfo(dtype).eps * float(truth.abs().max())
         found.append((name, error, 2.0 * _distance(eager[name], truth) + rounding))
-    # A NaN is no error that is within a bound, and the nearest of all to it.
-    name, error, allowed = max(found, key=lambda one: one[1] / one[2] if one[1] == one[1] else float("inf"))
+    name, error, allowed = max(found, key=lambda one: _share(one[1], one[2]))
     return Judgement(name, error, allowed, error <= allowed)
+
+
+def _share(error: float, allowed: float) -> float:
+    """How near an error is to its bound; a NaN is beyond any."""
+    if math.isnan(error) or (allowed == 0.0 and error > 0.0):
+        return math.inf
+    return error / allowed if allowed else 0.0
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
@@ -190,7 +197,8 @@ def _clock(call: Callable[[], object], device: torch.device, graphed: bool) -> t
     flushed = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
     try:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # On the stream where the forward of a backward ran: that is where the backward runs, too.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             call()
         replay: Callable[[], object] = graph.replay
         method = "device events around a graph's replay"

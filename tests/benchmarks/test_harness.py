@@ -56,6 +56,12 @@ class TestGate:
             harness.judge(off, exact, {name: value.float() for name, value in exact.items()}, torch.float32).what == "b"
         )
 
+    def test_a_result_of_zeros_may_not_be_anything_else(self):
+        zeros = {"output": torch.zeros(2, dtype=torch.float64)}
+        eager = {"output": torch.zeros(2)}
+        assert harness.judge({"output": torch.zeros(2)}, zeros, eager, torch.float32).passed
+        assert not harness.judge({"output": torch.tensor([0.0, 1e-30])}, zeros, eager, torch.float32).passed
+
     def test_what_is_missing_has_its_reason(self):
         assert rows_of(contest([1.0, 2.0]))["absent"] == {"contestant": "absent", "reason": "not installed"}
 

@@ -10,6 +10,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PEERS := $(VENV)/peers
+TORCH_READY := $(VENV)/torch
 GPU_VENV := .venv-gpu
 # Machine code for the GPUs that are there; for all that are supported where there are none.
 GPU_BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 && echo -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native)
@@ -42,14 +43,17 @@ gpu:
 	$(GPU_VENV)/bin/python -m benchmarks.gpu
 
 # torch first, by itself: the version that the tests are run with, whatever else asks for one.
-$(READY): $(SOURCES)
+$(TORCH_READY):
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	touch $@
+
+$(READY): $(SOURCES) | $(TORCH_READY)
 	$(BIN)/python -m pip install --quiet --editable ".[test,lint]"
 	touch $@
 
-$(PEERS): $(READY)
+$(PEERS): $(SOURCES) | $(TORCH_READY)
 	$(BIN)/python -m pip install --quiet --editable ".[bench,peers]"
 	touch $@
 

@@ -21,6 +21,8 @@ LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 
 _WARM_UP = 3
 _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")
+# What changes nothing where it says what the configuration does.
+_OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
 # Outputs of two dimensions whose second is the position; of any other it is a class or a feature.
 _BY_POSITION = ("start_logits", "end_logits")
 
@@ -109,11 +111,15 @@ class GraphedModel(nn.Module):
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], str | None]:
         """The arguments that a graph takes, and why a call can't be replayed whatever its size is."""
-        given = dict(zip(_ARGUMENTS, args, strict=False)) | {k: v for k, v in kwargs.items() if v is not None}
+        names = (*_ARGUMENTS, *(f"positional argument {place}" for place in range(len(_ARGUMENTS) + 1, len(args) + 1)))
+        given = {
+            name: value
+            for name, value in {**dict(zip(names, args, strict=False)), **kwargs}.items()
+            if value is not None and not (name in _OUTPUTS and value is getattr(self.model.config, name))
+        }
         ids = given.get("input_ids")
-        if len(args) > len(_ARGUMENTS) or (other := sorted(given.keys() - set(_ARGUMENTS))):
-            return given, f"{', '.join(other) if len(args) <= len(_ARGUMENTS) else 'position_ids'} is given"
-        given = {name: value for name, value in given.items() if value is not None}
+        if other := sorted(given.keys() - set(_ARGUMENTS)):
+            return given, f"{', '.join(other)} is given"
         if self.model.training:
             return given, "the model is in train mode, and the graphs are of inference (call eval() first)"
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.model.parameters()):

@@ -138,6 +138,22 @@ def test_positional_arguments(graphed):
     torch.testing.assert_close(actual.pooler_output, wanted.pooler_output, atol=2e-5, rtol=1e-4)
 
 
+def test_asking_for_what_there_is_anyway_changes_nothing(graphed):
+    with torch.no_grad():
+        graphed(**twins.batch(4, 16), output_hidden_states=False, output_attentions=False, return_dict=True)
+    assert graphed.route == "graph 4x16"
+
+
+def test_hidden_states_that_the_configuration_asks_for(on_cpu):
+    graphed = fastbert.cuda_graphs(twins.twins(output_hidden_states=True)[1], batch_sizes=(8,), lengths=(48,))
+    inputs = twins.batch()
+    with torch.no_grad():
+        actual = graphed(**inputs).hidden_states
+    assert graphed.route == "graph 8x48"
+    for one, other in zip(actual, expected(graphed, inputs).hidden_states, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [

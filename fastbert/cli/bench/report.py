@@ -119,7 +119,8 @@ def render_report(found: dict[str, dict[str, Any]]) -> str:
                 parts += [f"\n### {work.capitalize()}\n\n", _contests(chosen)]
             else:
                 parts += [f"\n<details><summary>{work}</summary>\n\n", _contests(chosen), "\n</details>\n"]
-        parts += ["\n### Who took no part\n\n", *_absent(data["rows"])]
+        absent = results.absent(data["rows"]).items()
+        parts += ["\n### Who took no part\n\n", *(f"- {', '.join(names)}: {reason}\n" for reason, names in absent)]
     return "".join(parts)
 
 
@@ -176,15 +177,6 @@ def _contest_rows(contest: dict[str, results.Row]) -> Iterator[list[str]]:
             *("–" if memory[name] is None else f"{memory[name] / 1e6:.1f}" for name in ("peak", "kept")),
         ]
         yield cells
-
-
-def _absent(rows: Iterable[results.Row]) -> Iterator[str]:
-    reasons: dict[str, set[str]] = {}
-    for row in rows:
-        if "reason" in row:
-            reasons.setdefault(row["reason"], set()).add(row["contestant"])
-    for told, names in sorted(reasons.items()):
-        yield f"- {', '.join(sorted(names))}: {told}\n"
 
 
 def _headlines(data: dict[str, Any]) -> str:

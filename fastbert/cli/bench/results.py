@@ -86,6 +86,15 @@ def timed(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if "milliseconds" in row]
 
 
+def absent(rows: Iterable[Row]) -> dict[str, list[str]]:
+    """Who took no part, by the reason."""
+    found: dict[str, set[str]] = {}
+    for row in rows:
+        if "reason" in row:
+            found.setdefault(row["reason"], set()).add(row["contestant"])
+    return {reason: sorted(names) for reason, names in sorted(found.items())}
+
+
 def is_ours(contestant: str) -> bool:
     """Whether it is fastbert's, as a whole or one of its implementations."""
     return contestant.split(" ")[0] == OURS

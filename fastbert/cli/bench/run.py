@@ -120,12 +120,8 @@ def show(console: Console, data: dict[str, Any]) -> None:
         if rows:
             console.print(f"[bold]{results.title(rows[0])}[/bold]", highlight=False)
             console.print(table)
-    reasons: dict[str, set[str]] = {}
-    for row in data["rows"]:
-        if "reason" in row:
-            reasons.setdefault(row["reason"], set()).add(row["contestant"])
-    for reason, names in reasons.items():
-        console.print(f"not run: {', '.join(sorted(names))}: {reason}", soft_wrap=True)
+    for reason, names in results.absent(data["rows"]).items():
+        console.print(f"not run: {', '.join(names)}: {reason}", soft_wrap=True)
 
 
 def _cells(row: results.Row) -> list[str]:

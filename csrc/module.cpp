@@ -16,6 +16,7 @@
 #include "common/dropout.h"
 #include "common/dtype.h"
 #include "common/philox_host.h"
+#include "encoder_layer/amx.h"
 #include "linear/amx.h"
 
 namespace py = pybind11;
@@ -55,6 +56,20 @@ void check_shape(int64_t rows, int64_t cols) {
   if (cols > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument("cols is " + std::to_string(cols) + "; it may be 2147483647 or less");
   }
+}
+
+// Whether cu_seqlens [sequences + 1] ascends from 0 to at most rows, in steps of at most max_seqlen.
+bool ascends(std::uintptr_t cu_seqlens, int64_t rows, int64_t sequences, int64_t max_seqlen) {
+  check_at_least("rows", rows, 0);
+  check_at_least("sequences", sequences, 0);
+  check_address("cu_seqlens", cu_seqlens);
+  const auto* offsets = pointer<const int32_t>(cu_seqlens);
+  bool fits = offsets[0] == 0 && offsets[sequences] <= rows;
+  for (int64_t i = 0; i < sequences; ++i) {
+    const int64_t length = int64_t{offsets[i + 1]} - offsets[i];
+    fits = fits && 0 <= length && length <= max_seqlen;
+  }
+  return fits;
 }
 
 Dropout make_dropout(std::uintptr_t seed, int64_t threshold, float scale) {
@@ -283,19 +298,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("attention_amx_forward",
         [](std::uintptr_t qkv, std::uintptr_t cu_seqlens, std::uintptr_t out, std::uintptr_t lse, int64_t rows,
            int64_t sequences, int64_t heads, int64_t size, int64_t max_seqlen, float scale, int num_threads) {
-          check_at_least("rows", rows, 0);
-          check_at_least("sequences", sequences, 0);
           check_at_least("heads", heads, 0);
           check_at_least("size", size, 1);
           check_at_least("num_threads", num_threads, 1);
           if (const char* reason = amx_missing()) throw std::runtime_error(reason);
-          check_address("cu_seqlens", cu_seqlens);
+          const bool fits = ascends(cu_seqlens, rows, sequences, max_seqlen);
           const auto* offsets = pointer<const int32_t>(cu_seqlens);
-          bool fits = offsets[0] == 0 && offsets[sequences] <= rows;
-          for (int64_t i = 0; i < sequences; ++i) {
-            const int64_t length = int64_t{offsets[i + 1]} - offsets[i];
-            fits = fits && 0 <= length && length <= max_seqlen;
-          }
           if (!fits || rows == 0 || heads == 0) return fits;
           check_address("qkv", qkv);
           check_address("out", out);
@@ -349,6 +357,57 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         arg("x"), arg("packed"), arg("bias"), arg("other"), arg("y"), arg("rows"), arg("depth"), arg("features"),
         arg("post"), arg("num_threads"), "y = post(x [rows, depth] times the packed weight + bias), bfloat16.");
+
+  m.def("encoder_layer_amx_scratch",
+        [](int64_t hidden, int64_t features) {
+          check_linear(hidden, features);
+          return encoder_layer::scratch_columns(hidden, features);
+        },
+        arg("hidden"), arg("features"), "The number of bfloat16 elements of scratch that a row needs.");
+  m.def("encoder_layer_amx_forward",
+        [](std::uintptr_t x, std::uintptr_t y, std::uintptr_t cu_seqlens, const std::array<std::uintptr_t, 8>& weights,
+           const std::array<std::uintptr_t, 4>& norms, bool float_norms, const std::array<float, 2>& eps, int gelu,
+           std::uintptr_t scratch, std::uintptr_t lse, int64_t rows, int64_t sequences, int64_t max_seqlen,
+           int64_t heads, int64_t hidden, int64_t features, float scale, int num_threads) {
+          check_linear(hidden, features);
+          check_at_least("heads", heads, 1);
+          check_at_least("num_threads", num_threads, 1);
+          if (hidden % heads != 0) throw std::invalid_argument("hidden is no multiple of heads");
+          const auto post = static_cast<linear::Post>(gelu);
+          if (post != linear::Post::kGeluErf && post != linear::Post::kGeluTanh) {
+            throw std::invalid_argument("gelu is " + std::to_string(gelu) + "; it may be POST_GELU_ERF or POST_GELU_TANH");
+          }
+          const bool fits = ascends(cu_seqlens, rows, sequences, max_seqlen);
+          if (!fits || rows == 0) return fits;
+          for (const auto address : {x, y, scratch, lse, weights[0], weights[2], weights[4], weights[6], norms[0], norms[1],
+                                     norms[2], norms[3]}) {
+            check_address("one of the arguments", address);
+          }
+          if (y % 64 != 0 || scratch % 64 != 0) {
+            throw std::invalid_argument("y or scratch is at an address that is no multiple of 64");
+          }
+          const auto linear_of = [&](size_t i) {
+            return encoder_layer::Weights{pointer<const uint16_t>(weights[2 * i]),
+                                          pointer<const uint16_t>(weights[2 * i + 1])};
+          };
+          const auto norm_of = [&](size_t i) {
+            return encoder_layer::Norm{pointer<const void>(norms[2 * i]), pointer<const void>(norms[2 * i + 1]),
+                                       float_norms, eps[i]};
+          };
+          const py::gil_scoped_release release;
+          encoder_layer::amx_forward(
+              {pointer<const uint16_t>(x), pointer<uint16_t>(y), pointer<const int32_t>(cu_seqlens), linear_of(0),
+               linear_of(1), linear_of(2), linear_of(3), norm_of(0), norm_of(1), post, pointer<uint16_t>(scratch),
+               pointer<float>(lse), rows, sequences, heads, hidden, features, scale},
+              num_threads);
+          return true;
+        },
+        arg("x"), arg("y"), arg("cu_seqlens"), arg("weights"), arg("norms"), arg("float_norms"), arg("eps"),
+        arg("gelu"), arg("scratch"), arg("lse"), arg("rows"), arg("sequences"), arg("max_seqlen"), arg("heads"),
+        arg("hidden"), arg("features"), arg("scale"), arg("num_threads"),
+        "y [rows, hidden] of x through an encoder layer in bfloat16, without dropout; weights are the packed weight and "
+        "the bias of query, key and value, of attention's output, and of the two layers after it; norms weight and bias. "
+        "False and nothing computed when cu_seqlens doesn't ascend as attention_amx_forward wants it.");
 
   m.def("bias_dropout_residual_backward_scratch",
         [](int64_t rows, int64_t cols) {

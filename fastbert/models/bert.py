@@ -184,7 +184,9 @@ class BertModel(_FromSafetensors, hf.BertModel):
             seed=None if seeds is None else seeds[0],
         )
         projections = joined.join(self.encoder, hidden_states)
-        encoded = self.encoder(hidden_states, packing=packed, seeds=seeds, projections=projections).last_hidden_state
+        encoded = self.encoder(
+            hidden_states, packing=packed, seeds=seeds, projections=projections, workspace={}
+        ).last_hidden_state
         sequence_output = packed.unpack(encoded)
         pooled_output = None
         if self.pooler is not None:

@@ -119,6 +119,12 @@ def _parts(path: str, model: bert.BertModel) -> list[Part]:
         rows.append(
             _fused_or_op(f"{where}.intermediate", "dense, GELU", layer.intermediate, "linear_gelu", hidden, training)
         )
+        if not training and not layout_reason:
+            with torch.no_grad():
+                divided = layer.divided(weight)
+            rows.append(
+                Part(where, "its parts", "one by one" if divided else "one call", divided or "by the extension")
+            )
         if training and not layout_reason:
             kept = "computed again" if (reason := layer.unfused()) is None else "kept"
             rows.append(Part(where, "first LayerNorm and GELU, for the backward", kept, reason or "one function"))

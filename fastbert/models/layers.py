@@ -21,7 +21,7 @@ from transformers.models.bert import modeling_bert as hf
 
 from fastbert import ops
 from fastbert.backends import prepacked
-from fastbert.models import after_attention
+from fastbert.models import after_attention, whole_layer
 from fastbert.models.joined import Projection
 from fastbert.models.packing import Packing
 
@@ -367,18 +367,25 @@ class BertLayer(hf.BertLayer):
         packing: Packing | None = None,
         seeds: Tensor | None = None,
         projections: Projections | None = None,
+        workspace: whole_layer.Workspace | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face.
 
         ``seeds`` (int64 ``[1 + 3 * layers]``) are those of the whole model: one for the embeddings, then three for each
         layer. They are arguments and not drawn here, so that a recomputed layer draws the same masks. ``projections``
-        are what ``joined.join`` made.
+        are what ``joined.join`` made; ``workspace`` is a dict of this forward's, for the memory that its layers share.
         """
         if packing is None:
             return super().forward(
                 hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
             )
+        if workspace is not None and self.divided(hidden_states) is None:
+            approximate = gelu_approximation(self.intermediate.intermediate_act_fn)
+            assert approximate is not None
+            whole = whole_layer.forward(self, hidden_states, packing, approximate, workspace)
+            if whole is not None:
+                return whole
         if seeds is not None:
             first = 1 + SEEDS_PER_LAYER * self.attention.self.layer_idx
             seeds = seeds[first : first + SEEDS_PER_LAYER]
@@ -393,6 +400,18 @@ class BertLayer(hf.BertLayer):
         else:
             attention_output, _ = self.attention(hidden_states, packing=packing, seeds=seeds, projections=projections)
         return self._feed_forward(attention_output, packing.shape[0], _at(seeds, 2))
+
+    def divided(self, x: Tensor) -> str | None:
+        """Why the parts run one by one on states like ``x``, in one sentence; None when they are one call."""
+        if reason := whole_layer.unserved(x) or self.unfused():
+            return reason
+        attend: Any = self.attention.self
+        # Hugging Face's hook for probabilities stays on it once outputs have been captured; packed, there are none.
+        if type(attend) is not BertSelfAttention or "forward" in attend.__dict__ or foreign_hook(attend):
+            return "attention.self has been replaced or has a hook"
+        if reason := attend.unfused():
+            return f"attention.self: {reason}"
+        return whole_layer.reason(self, x)
 
     def _parameters_after_attention(self) -> after_attention.Parameters:
         out, up, down = self.attention.output, self.intermediate.dense, self.output

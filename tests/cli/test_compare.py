@@ -9,6 +9,7 @@ from cli import tiny
 from transformers import BertConfig
 
 from fastbert.cli import parity
+from fastbert.models import whole_layer
 from fastbert.ops.layer_norm import torch as layer_norm
 
 
@@ -28,14 +29,15 @@ def compare(checkpoint, tmp_path):
 
 
 def _spoil(monkeypatch, change):
-    """Make fastbert's LayerNorm wrong, forward."""
-    forward = layer_norm.forward
+    """Make fastbert's LayerNorm wrong, forward, and that of a layer in one call."""
+    forward, whole = layer_norm.forward, whole_layer.forward
 
     def spoilt(*args):
         output, *saved = forward(*args)
         return change(output), *saved
 
     monkeypatch.setattr(layer_norm, "forward", spoilt)
+    monkeypatch.setattr(whole_layer, "forward", lambda *args: change(whole(*args)))
 
 
 def test_the_real_checkpoint_on_docstrings(compare):

@@ -440,8 +440,8 @@ def test_explain_is_data_and_text(capsys):
     assert by_part["embeddings"].startswith("ops.embedding_layer_norm: ")
     assert by_part["attention"].startswith("ops.attention: ")
     assert by_part["query, key, value"] == "onednn prepacked"
-    # One row for each part of each of two layers: projections, attention, attention output, output, intermediate.
-    assert sum(".encoder.layer." in row.path for row in rows) == 2 * 5
+    # For each of two layers: projections, attention, attention output, output, intermediate; and whether in one call.
+    assert sum(".encoder.layer." in row.path for row in rows) == 2 * 6
     assert "last forward" not in by_part
 
 

@@ -1,0 +1,214 @@
+"""A layer in one call of the extension: the states that its parts give, and the parts where one of them is special."""
+
+import copy
+
+import pytest
+import torch
+from models import twins
+from torch import nn
+
+import fastbert
+from fastbert.backends import amx
+from fastbert.models import whole_layer
+
+pytestmark = pytest.mark.skipif(
+    amx.missing(torch.bfloat16) is not None, reason=f"no kernels for AMX: {amx.missing(torch.bfloat16)}"
+)
+
+
+def model(**changes):
+    """In bfloat16, of sizes that come in whole tiles."""
+    sizes = {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 160, "num_hidden_layers": 3}
+    return twins.twins(**{**sizes, **changes})[1].to(torch.bfloat16)
+
+
+def states(fast, inputs=None, **kwargs):
+    with torch.no_grad():
+        return fast(**(twins.batch() if inputs is None else inputs), **kwargs).last_hidden_state
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many layers have been one call."""
+    found = []
+    original = whole_layer.forward
+
+    def counted(layer, *args):
+        found.append(layer)
+        return original(layer, *args)
+
+    monkeypatch.setattr(whole_layer, "forward", counted)
+    return found
+
+
+def in_parts(fast, inputs=None):
+    """What the parts compute one by one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole_layer, "unserved", lambda x: "in parts")
+        return states(fast, inputs)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new"])
+@pytest.mark.parametrize("kind", ["none", "right", "holes"])
+@pytest.mark.parametrize("shape", [(5, 37), (1, 1), (3, 130)])
+def test_states_are_as_near_to_float64_as_those_of_the_parts(activation, kind, shape, calls):
+    fast = model(hidden_act=activation)
+    inputs = twins.batch(*shape, kind)
+    where = twins.valid(inputs)
+    exact = twins.hf.BertModel(fast.config).eval()
+    exact.load_state_dict(fast.state_dict())
+    truth = states(exact.double(), inputs)[where]
+    whole, parts = states(fast, inputs)[where], in_parts(fast, inputs)[where]
+    assert len(calls) == 3
+    rounding = torch.finfo(torch.bfloat16).eps * float(truth.abs().max())
+    error, measure = (float((found.double() - truth).abs().max()) for found in (whole, parts))
+    assert error <= 2 * measure + rounding
+
+
+@pytest.mark.parametrize("norms", [torch.bfloat16, torch.float32])
+def test_norms_of_float32(norms, calls):
+    fast = model()
+    for name, module in fast.named_modules():
+        if name.endswith("LayerNorm"):
+            module.to(norms)
+    torch.testing.assert_close(states(fast), in_parts(fast), atol=0.1, rtol=0.05)
+    assert len(calls) == 3
+
+
+def test_a_fully_masked_row(calls):
+    fast = model()
+    inputs = twins.batch()
+    inputs["attention_mask"][1] = 0
+    found = states(fast, inputs)
+    assert found.isfinite().all()
+    assert not found[1].any()
+    assert len(calls) == 3
+
+
+def test_layers_share_memory_and_give_outputs_of_their_own(calls):
+    fast = model()
+    with torch.no_grad():
+        hidden = fast(**twins.batch(), output_hidden_states=True).hidden_states
+    kept = [one.clone() for one in hidden]
+    assert len(calls) == 3
+    states(fast)
+    assert len(calls) == 6
+    for one, other in zip(hidden, kept, strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(hidden[1], hidden[2])
+
+
+@pytest.mark.parametrize("way", ["in place", "data", "load_state_dict"])
+@pytest.mark.parametrize(
+    "part", ["attention.self.key", "attention.output.dense", "intermediate.dense", "output.LayerNorm"]
+)
+def test_a_changed_weight_is_used(part, way):
+    fast = model()
+    before = states(fast)
+    changed = copy.deepcopy(fast.state_dict())
+    name = f"encoder.layer.1.{part}.weight"
+    changed[name] *= -2.0
+    parameter = fast.get_parameter(name)
+    with torch.no_grad():
+        if way == "in place":
+            parameter.mul_(-2.0)
+        elif way == "data":
+            parameter.data.copy_(changed[name])
+        else:
+            fast.load_state_dict(changed)
+    assert not torch.equal(states(fast), before)
+    torch.testing.assert_close(states(fast), in_parts(fast), atol=0.2, rtol=0.1)
+
+
+SPECIAL = [
+    "attention", "attention.self", "attention.self.query", "attention.self.value", "attention.output",
+    "attention.output.dense", "attention.output.LayerNorm", "attention.output.dropout", "intermediate",
+    "intermediate.dense", "intermediate.intermediate_act_fn", "output", "output.dense", "output.LayerNorm",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SPECIAL)
+def test_a_hook_on_a_part_is_called(path, calls):
+    fast = model()
+    layer = fast.encoder.layer[1]
+    called = []
+    layer.get_submodule(path).register_forward_hook(lambda *_: called.append(path))
+    assert "hook" in layer.divided(torch.zeros(1, 96, dtype=torch.bfloat16))
+    states(fast)
+    assert called
+    assert layer not in calls
+
+
+@pytest.mark.parametrize("path", ["attention.self.key", "attention.output.dense", "intermediate.dense", "output.dense"])
+def test_a_module_of_another_class_is_called(path, calls):
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2.0 * super().forward(x)
+
+    fast = model()
+    layer = fast.encoder.layer[1]
+    layer.get_submodule(path).__class__ = Doubled
+    torch.testing.assert_close(states(fast), in_parts(fast), atol=0.2, rtol=0.1)
+    assert layer not in calls
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"hidden_size": 72, "num_attention_heads": 3}, "a size is no multiple of 32"),
+        ({"chunk_size_feed_forward": 2}, "chunk_size_feed_forward is 2"),
+        ({"hidden_act": "relu"}, "is not of the GELU family"),
+    ],
+)
+def test_what_one_call_cannot_serve(change, reason, calls):
+    fast = model(**change)
+    x = torch.zeros(1, fast.config.hidden_size, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert reason in fast.encoder.layer[0].divided(x)
+    assert states(fast).isfinite().all()
+    assert not calls
+
+
+def test_training_and_gradients_run_the_parts(calls):
+    fast = model(hidden_dropout_prob=0.1)
+    fast.train()
+    fast(**twins.batch()).last_hidden_state.sum().backward()
+    states(fast)
+    fast.eval()
+    fast(**twins.batch()).last_hidden_state.sum().backward()
+    assert not calls
+    states(fast)
+    assert len(calls) == 3
+
+
+def test_explain_tells_of_it():
+    rows = {row.part: row for row in fastbert.explain(model())}
+    assert rows["its parts"].implementation == "one call"
+    rows = {row.part: row for row in fastbert.explain(model().float())}
+    assert rows["its parts"].implementation == "one by one"
+    assert "bfloat16 on processors with AMX" in rows["its parts"].reason
+
+
+def test_sequences_longer_than_said_are_an_error():
+    fast = model()
+    row = twins.batch(1, 40, "none")["input_ids"]
+    offsets = torch.tensor([0, 10, 40], dtype=torch.int32)
+    with torch.no_grad():
+        assert fast(row, cu_seq_lens_q=offsets, max_length_q=30).last_hidden_state.isfinite().all()
+        with pytest.raises(ValueError, match="max_seqlen"):
+            fast(row, cu_seq_lens_q=offsets, max_length_q=20)
+
+
+def test_the_number_of_threads_changes_nothing():
+    fast = model()
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(states(fast))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -1,5 +1,6 @@
 """``fastbert bench``: the suite on one op, what counts as a change, and the report."""
 
+import copy
 import csv
 import json
 import re
@@ -137,6 +138,24 @@ class TestCompare:
         noisy = {"rounds": 5, "spread": 0.2}
         (change,), _ = compare.compare([row(**noisy)], [row(median=11.5, **noisy)], 0.05)
         assert not change.slower
+
+    def test_peers_that_change_by_themselves_widen_the_noise(self):
+        """Twelve contests; a slowdown by a quarter in one, beside peers that are steady, or off by up to a fifth."""
+        old = [one for place in range(12) for one in (row(batch=str(place)), theirs(batch=str(place)))]
+
+        def slower(spread):
+            new = copy.deepcopy(old)
+            for place in range(12):
+                factor = 1.0 + spread * (place % 5 - 2) / 2
+                for one in new[2 * place : 2 * place + 2]:
+                    one["milliseconds"] = {
+                        k: v * (factor if k != "rounds" else 1) for k, v in one["milliseconds"].items()
+                    }
+            new[0] = row(median=12.5 * (1.0 - spread), batch="0")
+            return [change.contest for change in compare.compare(old, new, 0.05)[0] if change.slower]
+
+        assert len(slower(0.0)) == 1
+        assert slower(0.2) == []
 
     @pytest.mark.parametrize(
         "now",

@@ -7,6 +7,7 @@ divided by those of a peer in the same contest of the same run, which drift alon
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,9 @@ from fastbert.cli.errors import Refusal
 # 1.2533 / sqrt(n) of one.
 _MEDIAN_ERROR = 1.2533 / 1.683
 _SIGMAS = 3.0
+# Of a normal distribution: its standard deviation is 1.4826 times the median distance from the median.
+_DEVIATION = 1.4826
+_FEWEST_PEERS = 10
 
 
 class Change(NamedTuple):
@@ -82,12 +86,14 @@ def run(old: Path, new: Path, tolerance: float) -> bool:
 def compare(old: Iterable[results.Row], new: Iterable[results.Row], tolerance: float) -> tuple[list[Change], list[str]]:
     """The changes of all that has a time in both, and in words what had one and has none now.
 
-    Noise is three standard errors of the ratio of the medians, and ``tolerance`` for what differs between any two
-    processes. A contest that the new results don't have at all isn't lost: it wasn't run.
+    Noise is three standard errors of the ratio of the medians, and beside it what differs between any two processes:
+    ``tolerance``, or three standard deviations of the peers' own changes, if there are some and that is more. A contest
+    that the new results don't have at all isn't lost: it wasn't run.
     """
     changes, lost = [], []
-    after = results.contests(new)
-    for key, before in results.contests(old).items():
+    earlier, after = results.contests(old), results.contests(new)
+    between = max(tolerance, _SIGMAS * _peers_deviation(earlier, after))
+    for key, before in earlier.items():
         now = after.get(key, {})
         ours = [row for row in results.timed(before.values()) if results.is_ours(row["contestant"])]
         for row in ours:
@@ -104,9 +110,25 @@ def compare(old: Iterable[results.Row], new: Iterable[results.Row], tolerance: f
             medians = [b["milliseconds"]["median"] / a["milliseconds"]["median"] for a, b in pairs]
             ratio = medians[0] / (medians[1] if peer else 1.0)
             errors = [_relative_error(one) for pair in pairs for one in pair]
-            noise = tolerance + _SIGMAS * math.sqrt(sum(error**2 for error in errors))
+            noise = between + _SIGMAS * math.sqrt(sum(error**2 for error in errors))
             changes.append(Change(title, name, peer, ratio, noise))
     return changes, lost
+
+
+def _peers_deviation(
+    earlier: dict[results.Key, dict[str, results.Row]], after: dict[results.Key, dict[str, results.Row]]
+) -> float:
+    """The standard deviation, robustly, by which times of peers changed: their code is the same in both."""
+    changes = [
+        math.log(after[key][name]["milliseconds"]["median"] / row["milliseconds"]["median"])
+        for key, before in earlier.items()
+        for name, row in before.items()
+        if not results.is_ours(name) and _timed_in(name, before, after.get(key, {}))
+    ]
+    if len(changes) < _FEWEST_PEERS:
+        return 0.0
+    middle = statistics.median(changes)
+    return _DEVIATION * statistics.median(abs(change - middle) for change in changes)
 
 
 def _timed_in(name: str, *contests: dict[str, results.Row]) -> bool:

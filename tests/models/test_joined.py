@@ -156,6 +156,7 @@ def _launches(layers_count, monkeypatch):
     monkeypatch.setattr(layers, "unusual", unusual)
     monkeypatch.setattr(joined, "_is_plain", lambda weight: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(extension, "missing_on_device", lambda index: None)
     with torch.device("meta"):
         config = twins.config(
             num_hidden_layers=layers_count, hidden_size=768, num_attention_heads=12, intermediate_size=3072

@@ -21,7 +21,7 @@ import fastbert
 from . import harness, peers
 from .harness import OURS, Contest, Contestant
 from .peers import Absent
-from .shapes import DOCUMENTS, MODELS, SENTENCES, Batch, Model, drawn, even, full
+from .shapes import DOCSTRINGS, DOCUMENTS, MODELS, SENTENCES, Batch, Model, drawn, even, full
 from .suite import Case
 
 _FLOOR = "products alone"
@@ -47,6 +47,7 @@ def _on_cpu() -> list[Case]:
     base, large, mini = (MODELS[name] for name in ("BERT-base", "BERT-large", "MiniLM-L6"))
     single, padded, whole = full(1, 128), even(16, 128, 0.64), full(16, 128)
     sentences, documents = drawn("sentences", 32, SENTENCES), drawn("documents", 4, DOCUMENTS)
+    paragraphs = drawn("docstrings", 16, DOCSTRINGS)
     runtimes = (peers.OPENVINO, peers.ONNX)
     found = []
     for dtype in ("bfloat16", "float32"):
@@ -61,6 +62,7 @@ def _on_cpu() -> list[Case]:
     found += [
         _inference_case(base, sentences, "bfloat16", "cpu", (peers.SDPA,)),
         _inference_case(base, documents, "bfloat16", "cpu", (peers.SDPA,)),
+        _inference_case(mini, paragraphs, "bfloat16", "cpu", (peers.SDPA,)),
         _inference_case(large, single, "bfloat16", "cpu", (peers.SDPA,)),
         _training_case(_FINE_TUNING, base, even(8, 128, 0.64), "bfloat16", "cpu"),
         _training_case(_FINE_TUNING, base, even(8, 128, 0.64), "float32", "cpu"),
@@ -77,7 +79,7 @@ def _on_cuda() -> list[Case]:
     # Compiling a model takes half a minute, so it is done for the shapes that there are targets for.
     compiled = (*_HUGGING_FACE, peers.FLASH, *_COMPILED)
     found = [_inference_case(base, batch, "bfloat16", "cuda", compiled, True) for batch in (half, whole, single)]
-    others = (full(8, 128), full(16, 256), sentences, documents)
+    others = (full(8, 128), full(16, 256), sentences, drawn("docstrings", 256, DOCSTRINGS), documents)
     found += [_inference_case(base, batch, "bfloat16", "cuda", (peers.SDPA, peers.FLASH)) for batch in others]
     found += [_inference_case(base, batch, "float32", "cuda", (peers.SDPA,)) for batch in (half, single)]
     found += [

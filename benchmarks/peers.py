@@ -112,12 +112,15 @@ def onnxruntime(stock: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype,
     return lambda: torch.from_numpy(session.run(["last_hidden_state"], arrays)[0])
 
 
-_FOLDER = tempfile.TemporaryDirectory(prefix="fastbert-onnx-")
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Kept for as long as the process runs: sessions map what is in it."""
+    return tempfile.TemporaryDirectory(prefix="fastbert-onnx-")
 
 
 @functools.lru_cache(maxsize=1)
 def _exported(stock: nn.Module) -> Path:
-    path = Path(_FOLDER.name) / "model.onnx"
+    path = Path(_folder().name) / "model.onnx"
     sizes = {0: "batch", 1: "sequence"}
     example = _example()
     with torch.no_grad():

@@ -27,11 +27,10 @@ void add_and_normalise(const uint16_t* x, const uint16_t* residual, const Norm& 
 }  // namespace
 
 void amx_forward(const Layer& a, int num_threads) {
-  const int64_t wide = 3 * a.hidden > a.features ? 3 * a.hidden : a.features;
-  uint16_t* first = a.scratch;
-  uint16_t* context = first + a.rows * wide;
+  uint16_t* context = a.scratch;
   uint16_t* product = context + a.rows * a.hidden;
   uint16_t* attended = product + a.rows * a.hidden;
+  uint16_t* first = attended + a.rows * a.hidden;  // query, key and value, then the intermediate states
   multiply(a.x, a.query_key_value, first, a.rows, a.hidden, 3 * a.hidden, linear::Post::kNone, num_threads);
   attention::amx_forward({first, a.cu_seqlens, context, a.lse, a.rows, a.sequences, a.heads, a.hidden / a.heads,
                           a.scale},

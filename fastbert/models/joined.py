@@ -42,11 +42,13 @@ def join(encoder: Any, x: Tensor) -> dict[nn.Module, Projection]:
     """
     if torch.compiler.is_compiling() or (x.device.type == "cpu" and prepacked.missing(x.dtype) is None):
         return {}
+    if torch.is_grad_enabled() and x.requires_grad:
+        return {}
     attentions = [layer.attention.self for layer in encoder.layer]
     chosen = [one for one in attentions if _is_plain(one.query.weight) and one.unfused() is None]
     linears = [linear for attention in chosen for linear in (attention.query, attention.key, attention.value)]
     sources = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
-    if not sources or (torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in sources))):
+    if not sources or (torch.is_grad_enabled() and any(p.requires_grad for p in sources)):
         return {}
     # Offloaded and flattened weights are here, and in shape, only while their layer runs.
     if any(p.device != x.device or p.dtype != sources[0].dtype for p in sources) or any(

@@ -24,6 +24,8 @@ def unserved(x: Tensor) -> str | None:
     """Why no layer can take states like ``x`` in one call, in one sentence; None when one can."""
     if torch.compiler.is_compiling() or not x.is_cpu or x.dtype != torch.bfloat16:
         return "one call for all of it is for bfloat16 on processors with AMX"
+    if torch.is_grad_enabled() and x.requires_grad:
+        return "gradients are needed, and one call for all of it has none"
     return amx.missing(x.dtype)
 
 

@@ -112,8 +112,8 @@ def show(console: Console, data: dict[str, Any]) -> None:
     for index, found in enumerate(results.contests(data["rows"]).values()):
         # A table for each contest, of equal widths, so that its name needs no column.
         table = Table(box=None, show_header=index == 0, pad_edge=False)
-        for (heading, width), justify in zip(_COLUMNS.items(), ("left", *["right"] * len(_COLUMNS)), strict=False):
-            table.add_column(heading, width=width, justify=justify)  # type: ignore[arg-type]
+        for place, (heading, width) in enumerate(_COLUMNS.items()):
+            table.add_column(heading, width=width, justify="left" if place == 0 else "right")
         rows = [row for row in found.values() if "reason" not in row]
         for row in rows:
             table.add_row(f"  {row['contestant']}", *_cells(row))

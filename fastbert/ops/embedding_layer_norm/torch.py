@@ -96,7 +96,8 @@ def _scatter(dhidden: Tensor, ids: Tensor, table: Tensor, skipped: int) -> Tenso
     """The gradient of a table, in its dtype: each row the sum of those of ``dhidden`` that looked it up."""
     rows = table.shape[0]
     if dhidden.dtype == table.dtype or not table.is_cpu or rows <= ids.numel():
-        return _aten.embedding_dense_backward(dhidden, ids, rows, skipped, False).to(table.dtype)  # type: ignore[no-any-return]
+        whole: Tensor = _aten.embedding_dense_backward(dhidden, ids, rows, skipped, False).to(table.dtype)
+        return whole
     # Sums of 16 bits are made in float32: for the rows that occur, not in a copy of the whole table.
     found, places = torch.unique(ids, return_inverse=True)
     sums = _aten.embedding_dense_backward(dhidden, places, found.numel(), -1, False).to(table.dtype)

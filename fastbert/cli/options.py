@@ -25,3 +25,11 @@ class Pooling(StrEnum):
 
     mean = "mean"
     cls = "cls"
+
+
+class Scheduler(StrEnum):
+    """How a learning rate goes on after its warm-up; the names are Hugging Face's."""
+
+    linear = "linear"
+    cosine = "cosine"
+    constant = "constant_with_warmup"

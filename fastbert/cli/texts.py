@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import os
 import stat
-import sysconfig
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from fastbert.cli.errors import Refusal, reason
+from fastbert.training import standard_library
+from fastbert.training.errors import DataError
 
 # A longer line is no text but a file without line ends, and reading it whole would not be bounded memory.
 _LONGEST_LINE = 1 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_NO_DOCSTRINGS_IN = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"})
 
 
 class Line(NamedTuple):
@@ -125,36 +123,12 @@ def first_texts(path: Path, limit: int) -> list[str]:
 
 def docstrings(limit: int) -> list[str]:
     """The first ``limit`` different docstrings of this Python's standard library, in the order of its files."""
-    root = Path(sysconfig.get_path("stdlib"))
     found: dict[str, None] = {}
-    for path in _sources(root):
-        for text in _docstrings_of(path):
-            found.setdefault(text)
-            if len(found) == limit:
-                return list(found)
-    if not found:
-        raise Refusal(
-            f"the standard library in {root} has no sources to take docstrings from; name a file with --texts"
-        )
-    return list(found)
-
-
-def _sources(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(set(folders) - _NO_DOCSTRINGS_IN)
-        yield from (Path(folder, name) for name in sorted(files) if name.endswith(".py"))
-
-
-def _docstrings_of(path: Path) -> Iterator[str]:
     try:
-        with warnings.catch_warnings():
-            # Old escapes in the library's own sources are none of the user's business.
-            warnings.simplefilter("ignore")
-            tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text and text.strip():
-                yield text
+        for docstring in standard_library.docstrings():
+            found.setdefault(docstring.text)
+            if len(found) == limit:
+                break
+    except DataError as error:
+        raise Refusal(f"{error}; name a file with --texts") from None
+    return list(found)

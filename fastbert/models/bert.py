@@ -31,7 +31,7 @@ PACKED = "packed"
 # Arguments that change neither the layout nor the attention of the encoder.
 _NEUTRAL_ARGUMENTS = frozenset({"output_hidden_states", "return_dict", "num_items_in_batch"})
 _SEQUENCE_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
-_IGNORED_LABEL = -100
+IGNORED_LABEL = -100
 
 
 class _FromSafetensors:
@@ -304,7 +304,7 @@ def _hooked_part(model: hf.BertModel) -> str | None:
     return None
 
 
-class _Head(_FromSafetensors, BertPreTrainedModel):
+class Head(_FromSafetensors, BertPreTrainedModel):
     """What every head adds to Hugging Face's: the fused encoder, and a loss that Trainer divides itself."""
 
     # The losses are means over the batch at hand and take no token count. Said so, Trainer divides them by the number
@@ -326,7 +326,7 @@ def _reading(forward: Callable[..., Any], labels_only: bool = True) -> Callable[
         read: Tensor | str | None = "all"
         if labels_only:
             labels = args[position] if len(args) > position else kwargs.get("labels")
-            read = None if labels is None else labels != _IGNORED_LABEL
+            read = None if labels is None else labels != IGNORED_LABEL
             if labels is not None and getattr(self, "sparse_prediction", False) and not torch.compiler.is_compiling():
                 given = signature.bind(self, *args, **kwargs).arguments
                 del given["self"]
@@ -353,7 +353,7 @@ class _SparsePrediction:
         **given: Any,
     ) -> Any:
         outputs = self.bert(return_dict=True, **given)
-        where = (labels != _IGNORED_LABEL).flatten().nonzero().squeeze(1)
+        where = (labels != IGNORED_LABEL).flatten().nonzero().squeeze(1)
         logits = self.cls.predictions(outputs.last_hidden_state.flatten(0, 1)[where])
         loss = F.cross_entropy(logits, labels.flatten()[where])
         captured = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions}
@@ -372,7 +372,7 @@ class _SparsePrediction:
         return found if (self.config.return_dict if return_dict is None else return_dict) else found.to_tuple()
 
 
-class BertForPreTraining(_SparsePrediction, _Head, hf.BertForPreTraining):
+class BertForPreTraining(_SparsePrediction, Head, hf.BertForPreTraining):
     """Masked language modelling and next sentence prediction; arguments and outputs of Hugging Face's class.
 
     Attributes:
@@ -383,14 +383,14 @@ class BertForPreTraining(_SparsePrediction, _Head, hf.BertForPreTraining):
     forward = _reading(hf.BertForPreTraining.forward)
 
 
-class BertLMHeadModel(_Head, hf.BertLMHeadModel):
+class BertLMHeadModel(Head, hf.BertLMHeadModel):
     """Left-to-right language modelling; arguments and outputs of Hugging Face's class."""
 
     # Its loss honours Trainer's token count.
     accepts_loss_kwargs = True
 
 
-class BertForMaskedLM(_SparsePrediction, _Head, hf.BertForMaskedLM):
+class BertForMaskedLM(_SparsePrediction, Head, hf.BertForMaskedLM):
     """Masked language modelling; arguments and outputs of Hugging Face's class.
 
     Attributes:
@@ -401,25 +401,25 @@ class BertForMaskedLM(_SparsePrediction, _Head, hf.BertForMaskedLM):
     forward = _reading(hf.BertForMaskedLM.forward)
 
 
-class BertForNextSentencePrediction(_Head, hf.BertForNextSentencePrediction):
+class BertForNextSentencePrediction(Head, hf.BertForNextSentencePrediction):
     """Next sentence prediction; arguments and outputs of Hugging Face's class."""
 
 
-class BertForSequenceClassification(_Head, hf.BertForSequenceClassification):
+class BertForSequenceClassification(Head, hf.BertForSequenceClassification):
     """Classification or regression of whole sequences; arguments and outputs of Hugging Face's class."""
 
 
-class BertForMultipleChoice(_Head, hf.BertForMultipleChoice):
+class BertForMultipleChoice(Head, hf.BertForMultipleChoice):
     """Choice between several continuations; arguments and outputs of Hugging Face's class."""
 
 
-class BertForTokenClassification(_Head, hf.BertForTokenClassification):
+class BertForTokenClassification(Head, hf.BertForTokenClassification):
     """Classification of each token; arguments and outputs of Hugging Face's class."""
 
     forward = _reading(hf.BertForTokenClassification.forward)
 
 
-class BertForQuestionAnswering(_Head, hf.BertForQuestionAnswering):
+class BertForQuestionAnswering(Head, hf.BertForQuestionAnswering):
     """Extraction of an answer's span; arguments and outputs of Hugging Face's class.
 
     A softmax over all positions, padded ones included, gives the span, so a batch with padding stays padded.

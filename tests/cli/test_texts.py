@@ -4,6 +4,7 @@ import pytest
 from cli import tiny
 
 from fastbert.cli import texts
+from fastbert.training import standard_library
 
 
 def _read(path):
@@ -113,5 +114,5 @@ def test_docstrings_are_those_of_the_library(tmp_path, monkeypatch):
     )
     (tmp_path / "a.py").write_text('"""Module a."""\nasync def g():\n    "F."\ndef h():\n    pass\n')
     (tmp_path / "broken.py").write_text('"""Module."""\ndef (')
-    monkeypatch.setattr(texts.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(standard_library.sysconfig, "get_path", lambda name: str(tmp_path))
     assert texts.docstrings(10) == ["Module a.", "F.", "Module b.", "Class."]

@@ -1,0 +1,209 @@
+"""``fastbert pretrain``: a BERT from a corpus, or a checkpoint trained on with one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import transformers
+import typer
+from sklearn.metrics import accuracy_score
+from torch import Tensor
+from transformers import AutoTokenizer, BertConfig, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+
+import fastbert
+from fastbert.cli import checkpoint, machine
+from fastbert.cli.errors import Refusal, first_line
+from fastbert.training import batches, card, corpus, pretraining, run, vocabulary
+from fastbert.training.corpus import Document
+from fastbert.training.errors import DataError
+from fastbert.training.kinds import Objective
+from fastbert.training.masking import IGNORED, Ids, Masking
+from fastbert.training.pretraining import Examples
+from fastbert.training.run import Settings
+
+HEADS: dict[Objective, type[PreTrainedModel]] = {
+    Objective.mlm_nsp: fastbert.BertForPreTraining,
+    Objective.mlm: fastbert.BertForMaskedLM,
+    Objective.mae: fastbert.BertForMaskedAutoencoding,
+}
+# BERT-mini of Turc et al., "Well-Read Students Learn Better", arXiv:1908.08962: two cores train it in minutes.
+_SMALL = {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 1024}
+_POSITIONS = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The command's arguments, beside the run's own settings; see its ``--help``."""
+
+    corpus: Path | None
+    objective: Objective
+    model: str | None
+    config: Path | None
+    vocab_size: int
+    lowercase: bool
+    max_length: int
+    mask_ratio: float
+    whole_word: bool
+    eval_fraction: float
+    threads: int | None
+    allow_pickle: bool
+
+
+def main(options: Options, settings: Settings) -> None:
+    """Pretrain, and leave a checkpoint in the output folder.
+
+    Raises:
+        Refusal, DataError: the corpus, the checkpoint, the configuration or the output folder can't be used.
+    """
+    machine.choose_device(None, options.threads)
+    if options.model is not None and options.config is not None:
+        raise Refusal("--model and --config are both given; a model's configuration is its own")
+    started = checkpoint.find(options.model, options.allow_pickle) if options.model is not None else None
+    documents = corpus.read(options.corpus)
+    train_documents, eval_documents = _split(documents, options.eval_fraction, settings.seed)
+    about = {**dataclasses.asdict(options), "threads": None}
+    resumed = run.open_output(settings, {"command": "pretrain", **about})
+    tokenizer = _tokenizer(options, settings, started, train_documents)
+    transformers.set_seed(settings.seed)
+    model = _model(options, started, tokenizer)
+    if options.max_length > model.config.max_position_embeddings:
+        raise Refusal(
+            f"--max-length is {options.max_length}; the model has positions for "
+            f"{model.config.max_position_embeddings} tokens"
+        )
+    encoded = pretraining.encode(train_documents, tokenizer)
+    masking = Masking(tokenizer, options.mask_ratio, options.whole_word)
+    train_data = Examples(encoded, options.objective, masking, options.max_length, settings.seed)
+    eval_data = None
+    if eval_documents:
+        held_out = pretraining.encode(eval_documents, tokenizer)
+        eval_data = Examples(held_out, options.objective, masking, options.max_length, settings.seed + 1)
+    entropy = pretraining.unigram_entropy(encoded)
+    if run.is_main_process():
+        tokens = sum(train_data.lengths)
+        typer.echo(
+            f"{len(train_documents):,} documents, {len(train_data):,} sequences of up to {options.max_length} tokens, "
+            f"{tokens:,} tokens of a vocabulary of {len(tokenizer):,}; unigram entropy {entropy:.3f}",
+            err=True,
+        )
+    scores = run.train(
+        model,
+        tokenizer,
+        train_data,
+        eval_data,
+        settings,
+        lengths=train_data.lengths,
+        collator=batches.Collator(tokenizer.pad_token_id, pretraining.KEYS[options.objective]),
+        checkpoint=resumed,
+        compute_metrics=_scores,
+        preprocess_logits=_predicted,
+    )
+    if run.is_main_process():
+        card.write(
+            settings.output,
+            title=f"BERT, pretrained for {options.objective}",
+            text=f"Trained on {options.corpus or 'the docstrings of the Python standard library'}, "
+            f"{tokens:,} tokens, with a unigram entropy of {entropy:.3f} nats.",
+            pipeline_tag=None if options.objective == Objective.mae else "fill-mask",
+            base=started.name if started else None,
+            settings={**about, **dataclasses.asdict(settings)},
+            scores={name.removeprefix("eval_"): scores[name] for name in run.scored(scores)},
+            dataset=f"{options.eval_fraction:.0%} of the corpus's documents, held out",
+        )
+        typer.echo(f"{settings.output}: " + ", ".join(f"{name} {scores[name]:.4f}" for name in run.scored(scores)))
+
+
+def _split(documents: Sequence[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
+    """(training, evaluation): whole documents, the second about ``fraction`` of them."""
+    count = round(fraction * len(documents))
+    if fraction and (count == 0 or count == len(documents)):
+        raise DataError(
+            f"--eval-fraction {fraction} of {len(documents)} documents leaves none to "
+            f"{'evaluate' if count == 0 else 'train'} on; 0 evaluates on nothing"
+        )
+    order = np.random.default_rng(seed).permutation(len(documents))
+    held_out = set(order[:count].tolist())
+    return (
+        [document for index, document in enumerate(documents) if index not in held_out],
+        [documents[index] for index in sorted(held_out)],
+    )
+
+
+def _tokenizer(
+    options: Options, settings: Settings, started: checkpoint.Checkpoint | None, documents: Sequence[Document]
+) -> PreTrainedTokenizerBase:
+    if started is not None:
+        return checkpoint.load_tokenizer(started)
+    # Learnt once, by one process: ties between pieces may fall otherwise another time.
+    if run.is_main_process() and not (settings.output / "tokenizer.json").is_file():
+        sentences = (sentence for document in documents for sentence in document)
+        learnt = vocabulary.learn(sentences, options.vocab_size, options.max_length, options.lowercase)
+        learnt.save_pretrained(settings.output)
+    run.wait_for_everyone()
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(settings.output, local_files_only=True)
+    return tokenizer
+
+
+def _model(
+    options: Options, started: checkpoint.Checkpoint | None, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    head = HEADS[options.objective]
+    model: PreTrainedModel
+    if started is not None:
+        model, missing = checkpoint.load_head(started, head, started.config, complete=False)
+        if missing and run.is_main_process():
+            typer.echo(f"{started.name} has no head for {options.objective}; a new one is trained", err=True)
+    else:
+        settings: dict[str, Any] = {**_SMALL, "max_position_embeddings": max(_POSITIONS, options.max_length)}
+        if options.config is not None:
+            settings = _read_config(options.config)
+        settings["vocab_size"] = len(tokenizer)
+        settings["pad_token_id"] = tokenizer.pad_token_id
+        try:
+            model = head(BertConfig(**settings))
+        except (TypeError, ValueError) as error:
+            raise Refusal(f"--config {options.config} makes no BERT: {first_line(error)}") from error
+    if isinstance(model, fastbert.BertForPreTraining | fastbert.BertForMaskedLM):
+        model.sparse_prediction = True
+    return model
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((path / "config.json" if path.is_dir() else path).read_text("utf-8"))
+    except OSError as error:
+        raise Refusal(f"--config {path} can't be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise Refusal(f"--config {path} is no JSON: {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise Refusal(f"--config {path} is no JSON object; it must hold a BERT's configuration")
+    if found.get("model_type", "bert") != "bert":
+        raise Refusal(f"--config {path} has model_type {found['model_type']}; it must be bert")
+    return {name: value for name, value in found.items() if name not in ("model_type", "architectures")}
+
+
+def _predicted(logits: Any, labels: Any) -> Any:
+    """The likeliest token at each place with a label, as ``[B, S]``, and the likelier of next and random."""
+    tokens, wanted = (logits[0], labels[0]) if isinstance(labels, tuple) else (logits, labels)
+    predicted: Tensor = wanted.clone()
+    predicted[wanted != IGNORED] = (tokens[0] if isinstance(tokens, tuple) else tokens).argmax(-1)
+    return (predicted, logits[1].argmax(-1)) if isinstance(labels, tuple) else predicted
+
+
+def _scores(prediction: EvalPrediction) -> dict[str, float]:
+    predicted: Any = prediction.predictions
+    wanted: Any = prediction.label_ids
+    scores: dict[str, float] = {}
+    if isinstance(wanted, tuple):
+        scores["next_sentence_accuracy"] = float(accuracy_score(wanted[1], predicted[1]))
+        predicted, wanted = predicted[0], wanted[0]
+    labelled: Ids = wanted[wanted != IGNORED]
+    scores["masked_accuracy"] = float(accuracy_score(labelled, predicted[wanted != IGNORED]))
+    # What always saying the commonest of these tokens gives.
+    scores["most_frequent_token"] = float(np.bincount(labelled).max() / len(labelled))
+    return scores

@@ -1,0 +1,5 @@
+"""What is wrong with data or settings that a user gave."""
+
+
+class DataError(ValueError):
+    """A file, a folder or a setting can't be trained on; the message says why, in one line, and what may be there."""

@@ -1,0 +1,266 @@
+"""One training run: its settings, its output folder, what a stopped one goes on with, and what it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import PartialState
+from torch.utils.data import Dataset
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import IntervalStrategy, SchedulerType
+
+from fastbert.training.batches import Batches, Collator
+from fastbert.training.errors import DataError
+from fastbert.training.trainer import LOG, PLOT, Journal, Trainer, is_curve
+
+SETTINGS = "fastbert.json"
+_STATE = "trainer_state.json"
+# They say how a run goes on, not what it computes.
+_OF_THE_CALL = ("output", "resume", "overwrite")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a model is trained; fields that Hugging Face's ``TrainingArguments`` has too have its names and meaning.
+
+    ``epochs`` or ``steps`` (of the optimizer) say how long, ``batch_size`` (examples) or ``tokens_per_batch`` what one
+    process sees at once. ``eval_steps`` and ``save_steps`` of None stand for every epoch.
+    """
+
+    output: Path
+    epochs: float | None = None
+    steps: int | None = None
+    batch_size: int | None = None
+    tokens_per_batch: int | None = None
+    learning_rate: float = 2e-5
+    lr_scheduler_type: str = "linear"
+    warmup_steps: float = 0
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    bf16: bool = False
+    fp16: bool = False
+    seed: int = 42
+    logging_steps: int = 10
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    save_total_limit: int = 2
+    early_stopping_patience: int | None = None
+    device: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+def scored(scores: dict[str, float]) -> list[str]:
+    """The names of what tells how good a model is, without those that tell how long it took."""
+    return [name for name in scores if is_curve(name, scores[name])]
+
+
+def open_output(settings: Settings, about: dict[str, Any]) -> Path | None:
+    """Make the output folder, note what the run is, and find what a stopped one left.
+
+    Args:
+        settings: of the run.
+        about: what else decides its result, to be saved as JSON.
+
+    Returns:
+        The checkpoint to go on with, or None to begin.
+
+    Raises:
+        DataError: the folder has a run in it and neither ``resume`` nor ``overwrite`` is asked for; there is none to
+            resume, or one of other settings.
+    """
+    output = settings.output
+    if output.exists() and not output.is_dir():
+        raise DataError(f"--output {output} is a file; it must be a folder")
+    noted = output / SETTINGS
+    # Through JSON, so that what is compared is what was written.
+    wanted = json.loads(json.dumps({**about, **_decisive(settings)}, default=str))
+    if settings.overwrite and noted.exists() and is_main_process():
+        for path in (*output.glob("checkpoint-*"), noted, output / LOG, output / PLOT):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    wait_for_everyone()
+    if settings.resume:
+        _check_same(output, noted, wanted)
+        return _last_checkpoint(output)
+    if output.exists() and any(output.iterdir()) and not settings.overwrite:
+        told = "--resume goes on with it, and --overwrite begins again" if noted.exists() else "--overwrite adds to it"
+        raise DataError(f"--output {output} is not empty; {told}")
+    wait_for_everyone()
+    if is_main_process():
+        output.mkdir(parents=True, exist_ok=True)
+        noted.write_text(f"{json.dumps(wanted, indent=1)}\n", "utf-8")
+    return None
+
+
+def train(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    train_data: Dataset[Any],
+    eval_data: Dataset[Any] | None,
+    settings: Settings,
+    *,
+    lengths: list[int],
+    collator: Collator,
+    checkpoint: Path | None,
+    compute_metrics: Callable[[Any], dict[str, float]] | None = None,
+    preprocess_logits: Callable[[Any, Any], Any] | None = None,
+    best: str | None = None,
+) -> dict[str, float]:
+    """Train, and save the model, its tokenizer and the journal in the output folder.
+
+    Args:
+        model: what is trained, in place.
+        tokenizer: saved beside it.
+        train_data, eval_data: examples; of the training data by key, see ``batches``.
+        settings: how.
+        lengths: tokens of each training example.
+        collator: makes batches of examples.
+        checkpoint: where to go on, from ``open_output``.
+        compute_metrics, preprocess_logits: as Hugging Face's ``Trainer`` takes them.
+        best: the score by which the best of the evaluated models is kept; None keeps the last.
+
+    Returns:
+        The scores of the model that was saved: "eval_loss" and the others.
+    """
+    arguments = _arguments(settings, best, evaluates=eval_data is not None)
+
+    def batches(processes: int, process: int) -> Batches:
+        try:
+            return Batches(
+                lengths,
+                settings.seed,
+                batch_size=settings.batch_size,
+                tokens_per_batch=settings.tokens_per_batch,
+                processes=processes,
+                process=process,
+            )
+        except ValueError as error:
+            raise DataError(str(error)) from None
+
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        batches=batches,
+        data_collator=collator,
+        train_dataset=train_data,
+        eval_dataset=eval_data,
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+        preprocess_logits_for_metrics=preprocess_logits,
+        callbacks=[Journal()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    if settings.early_stopping_patience is not None:
+        trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.save_model()
+    if eval_data is None:
+        return {}
+    step = trainer.state.global_step if best is None else trainer.state.best_global_step
+    logged = (e for e in reversed(trainer.state.log_history) if e["step"] == step and "eval_loss" in e)
+    return next(logged, None) or trainer.evaluate()
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that writes."""
+    return bool(PartialState().is_main_process)
+
+
+def wait_for_everyone() -> None:
+    """Go on when all processes are here."""
+    PartialState().wait_for_everyone()
+
+
+def _decisive(settings: Settings) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(settings).items() if name not in _OF_THE_CALL}
+
+
+def _check_same(output: Path, noted: Path, wanted: dict[str, Any]) -> None:
+    try:
+        found = json.loads(noted.read_text("utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"--output {output} has no run to resume; without --resume one begins") from None
+    changed = [name for name in wanted if found.get(name) != wanted[name]]
+    if changed:
+        name = changed[0]
+        raise DataError(
+            f"--output {output} holds a run with {name} {found.get(name)}, and {wanted[name]} is asked for; "
+            "--resume needs the same settings"
+        )
+
+
+def _last_checkpoint(output: Path) -> Path | None:
+    """The last checkpoint that was written to its end; Hugging Face writes its state last."""
+    found = [path for path in output.glob("checkpoint-*") if (path / _STATE).is_file()]
+    found = [path for path in found if _is_json(path / _STATE)]
+    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_text("utf-8"))
+    except ValueError:
+        return False
+    return True
+
+
+def _arguments(settings: Settings, best: str | None, evaluates: bool) -> TrainingArguments:
+    transformers.utils.logging.set_verbosity_error()
+    if not sys.stderr.isatty():
+        transformers.utils.logging.disable_progress_bar()
+    # The best model is one of those that were saved, so it is saved when it is evaluated.
+    save_steps = settings.save_steps if best is None else settings.eval_steps
+    return TrainingArguments(
+        output_dir=str(settings.output),
+        num_train_epochs=settings.epochs or 1.0,
+        max_steps=settings.steps or -1,
+        # The sampler makes the training batches; only evaluation counts examples.
+        per_device_eval_batch_size=settings.batch_size or 32,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=SchedulerType(settings.lr_scheduler_type),
+        warmup_steps=settings.warmup_steps,
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        bf16=settings.bf16,
+        fp16=settings.fp16,
+        seed=settings.seed,
+        use_cpu=settings.device == "cpu" or not torch.cuda.is_available(),
+        logging_steps=settings.logging_steps,
+        eval_strategy=_strategy(settings.eval_steps) if evaluates else IntervalStrategy.NO,
+        eval_steps=settings.eval_steps,
+        save_strategy=_strategy(save_steps),
+        # Not looked at where it is by the epoch.
+        save_steps=save_steps or 1,
+        save_total_limit=settings.save_total_limit,
+        load_best_model_at_end=best is not None,
+        metric_for_best_model=best,
+        restore_callback_states_from_checkpoint=True,
+        include_num_input_tokens_seen="non_padding",
+        ddp_find_unused_parameters=False,
+        remove_unused_columns=False,
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+
+
+def _strategy(steps: int | None) -> IntervalStrategy:
+    return IntervalStrategy.EPOCH if steps is None else IntervalStrategy.STEPS

@@ -133,6 +133,9 @@ _Patience = Annotated[
     ),
 ]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that was stopped in the output folder.")]
+_Fsdp = Annotated[
+    bool, typer.Option("--fsdp", help="Shard weights, gradients and optimizer over the processes (FSDP2).")
+]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin again in an output folder that isn't empty.")]
 
 
@@ -348,6 +351,7 @@ def _pretrain(
     save_total_limit: _SaveTotalLimit = 2,
     resume: _Resume = False,
     overwrite: _Overwrite = False,
+    fsdp: _Fsdp = False,
     device: _Device = None,
     threads: _Threads = None,
     allow_pickle: _AllowPickle = False,
@@ -372,6 +376,7 @@ def _pretrain(
                 mask_ratio=mask_ratio or (0.3 if objective == Objective.mae else 0.15),
                 whole_word=whole_word,
                 eval_fraction=eval_fraction,
+                device=device,
                 threads=threads,
                 allow_pickle=allow_pickle,
             ),
@@ -393,7 +398,8 @@ def _pretrain(
                 eval_steps=eval_steps,
                 save_steps=save_steps,
                 save_total_limit=save_total_limit,
-                device=device,
+                fsdp=fsdp,
+                use_cpu=device == Device.cpu,
                 resume=resume,
                 overwrite=overwrite,
             ),
@@ -445,6 +451,7 @@ def _finetune(
     early_stopping_patience: _Patience = None,
     resume: _Resume = False,
     overwrite: _Overwrite = False,
+    fsdp: _Fsdp = False,
     device: _Device = None,
     threads: _Threads = None,
     allow_pickle: _AllowPickle = False,
@@ -465,6 +472,7 @@ def _finetune(
                 eval=eval,
                 max_length=max_length,
                 freeze_encoder=freeze_encoder,
+                device=device,
                 threads=threads,
                 allow_pickle=allow_pickle,
             ),
@@ -487,7 +495,8 @@ def _finetune(
                 save_steps=save_steps,
                 save_total_limit=save_total_limit,
                 early_stopping_patience=early_stopping_patience,
-                device=device,
+                fsdp=fsdp,
+                use_cpu=device == Device.cpu,
                 resume=resume,
                 overwrite=overwrite,
             ),

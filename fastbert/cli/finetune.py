@@ -14,6 +14,7 @@ from transformers import BertConfig
 
 from fastbert.cli import checkpoint, machine
 from fastbert.cli.errors import Refusal
+from fastbert.cli.options import Device
 from fastbert.training import batches, card, run, tasks
 from fastbert.training.run import Settings
 from fastbert.training.tasks import Kind, Task
@@ -33,6 +34,7 @@ class Options:
     eval: Path | None
     max_length: int | None
     freeze_encoder: bool
+    device: Device | None
     threads: int | None
     allow_pickle: bool
 
@@ -43,7 +45,8 @@ def main(options: Options, settings: Settings) -> None:
     Raises:
         Refusal, DataError: the data, the checkpoint or the output folder can't be used.
     """
-    machine.choose_device(None, options.threads)
+    machine.choose_device(options.device, options.threads)
+    run.join_processes(settings.use_cpu)
     if settings.early_stopping_patience is not None and options.eval is None:
         raise Refusal("--early-stopping-patience needs --eval: without it nothing says which model is better")
     task: Any = tasks.of(options.task)
@@ -60,33 +63,33 @@ def main(options: Options, settings: Settings) -> None:
         eval_examples = task.read(options.eval, "test")
         eval_data = task.encode(eval_examples, tokenizer, max_length, labels)
         compute_metrics = functools.partial(task.scores, eval_examples, eval_data, labels)
-    about = {**dataclasses.asdict(options), "max_length": max_length, "threads": None}
-    resumed = run.open_output(settings, {"command": "finetune", **about})
-    transformers.set_seed(settings.seed)
-    config = _config(started.config, task, options.task, labels, max_length, train_examples)
-    model, missing = checkpoint.load_head(started, task.head, config, complete=False)
-    if options.freeze_encoder:
-        model.base_model.requires_grad_(False)
-    if run.is_main_process():
-        pooler = ", and a new pooler" if any(".pooler." in name for name in missing) else ""
-        typer.echo(
-            f"{started.name}, for {task.title}{pooler}: {len(train_examples):,} examples in {len(train_data):,} "
-            f"sequences of up to {max_length} tokens"
-            + (f"; labels {', '.join(labels[:20])}{' ...' if len(labels) > 20 else ''}" if labels else ""),
-            err=True,
+    about = {**dataclasses.asdict(options), "max_length": max_length, "device": None, "threads": None}
+    with run.opened(settings, {"command": "finetune", **about}) as resumed:
+        transformers.set_seed(settings.seed)
+        config = _config(started.config, task, options.task, labels, max_length, train_examples)
+        model, missing = checkpoint.load_head(started, task.head, config, complete=False)
+        if options.freeze_encoder:
+            model.base_model.requires_grad_(False)
+        if run.is_main_process():
+            pooler = ", and a new pooler" if any(".pooler." in name for name in missing) else ""
+            typer.echo(
+                f"{started.name}, for {task.title}{pooler}: {len(train_examples):,} examples in {len(train_data):,} "
+                f"sequences of up to {max_length} tokens"
+                + (f"; labels {', '.join(labels[:20])}{' ...' if len(labels) > 20 else ''}" if labels else ""),
+                err=True,
+            )
+        scores = run.train(
+            model,
+            tokenizer,
+            train_data,
+            eval_data,
+            settings,
+            lengths=train_data.lengths,
+            collator=batches.Collator(tokenizer.pad_token_id, task.keys),
+            checkpoint=resumed,
+            compute_metrics=compute_metrics,
+            best=task.best if settings.early_stopping_patience is not None else None,
         )
-    scores = run.train(
-        model,
-        tokenizer,
-        train_data,
-        eval_data,
-        settings,
-        lengths=train_data.lengths,
-        collator=batches.Collator(tokenizer.pad_token_id, task.keys),
-        checkpoint=resumed,
-        compute_metrics=compute_metrics,
-        best=task.best if settings.early_stopping_patience is not None else None,
-    )
     if run.is_main_process():
         named = {name.removeprefix("eval_"): scores[name] for name in run.scored(scores)}
         card.write(
@@ -118,5 +121,5 @@ def _config(
     # What `fastbert predict` has to know; others pass over it.
     config.fastbert = {"task": str(kind), "max_length": max_length}
     if kind == Kind.qa:
-        config.answers_may_be_missing = any(example.answers == () for example in examples)
+        config.fastbert["answers_may_be_missing"] = any(example.answers == () for example in examples)
     return config

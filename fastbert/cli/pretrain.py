@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch.nn.functional as F
 import transformers
 import typer
 from sklearn.metrics import accuracy_score
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, BertConfig, EvalPrediction, PreTrainedMo
 import fastbert
 from fastbert.cli import checkpoint, machine
 from fastbert.cli.errors import Refusal, first_line
+from fastbert.cli.options import Device
 from fastbert.training import batches, card, corpus, pretraining, run, vocabulary
 from fastbert.training.corpus import Document
 from fastbert.training.errors import DataError
@@ -50,6 +52,7 @@ class Options:
     mask_ratio: float
     whole_word: bool
     eval_fraction: float
+    device: Device | None
     threads: int | None
     allow_pickle: bool
 
@@ -60,14 +63,27 @@ def main(options: Options, settings: Settings) -> None:
     Raises:
         Refusal, DataError: the corpus, the checkpoint, the configuration or the output folder can't be used.
     """
-    machine.choose_device(None, options.threads)
+    machine.choose_device(options.device, options.threads)
+    run.join_processes(settings.use_cpu)
     if options.model is not None and options.config is not None:
         raise Refusal("--model and --config are both given; a model's configuration is its own")
     started = checkpoint.find(options.model, options.allow_pickle) if options.model is not None else None
     documents = corpus.read(options.corpus)
     train_documents, eval_documents = _split(documents, options.eval_fraction, settings.seed)
-    about = {**dataclasses.asdict(options), "threads": None}
-    resumed = run.open_output(settings, {"command": "pretrain", **about})
+    about = {**dataclasses.asdict(options), "device": None, "threads": None}
+    with run.opened(settings, {"command": "pretrain", **about}) as resumed:
+        _train(options, settings, started, train_documents, eval_documents, about, resumed)
+
+
+def _train(
+    options: Options,
+    settings: Settings,
+    started: checkpoint.Checkpoint | None,
+    train_documents: list[Document],
+    eval_documents: list[Document],
+    about: dict[str, Any],
+    resumed: Path | None,
+) -> None:
     tokenizer = _tokenizer(options, settings, started, train_documents)
     transformers.set_seed(settings.seed)
     model = _model(options, started, tokenizer)
@@ -140,8 +156,9 @@ def _tokenizer(
     if started is not None:
         return checkpoint.load_tokenizer(started)
     # Learnt once, by one process: ties between pieces may fall otherwise another time.
-    if run.is_main_process() and not (settings.output / "tokenizer.json").is_file():
-        sentences = (sentence for document in documents for sentence in document)
+    there = settings.resume and (settings.output / "tokenizer.json").is_file()
+    if run.is_main_process() and not there:
+        sentences = [sentence for document in documents for sentence in document]
         learnt = vocabulary.learn(sentences, options.vocab_size, options.max_length, options.lowercase)
         learnt.save_pretrained(settings.output)
     run.wait_for_everyone()
@@ -187,23 +204,30 @@ def _read_config(path: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if name not in ("model_type", "architectures")}
 
 
-def _predicted(logits: Any, labels: Any) -> Any:
-    """The likeliest token at each place with a label, as ``[B, S]``, and the likelier of next and random."""
-    tokens, wanted = (logits[0], labels[0]) if isinstance(labels, tuple) else (logits, labels)
-    predicted: Tensor = wanted.clone()
-    predicted[wanted != IGNORED] = (tokens[0] if isinstance(tokens, tuple) else tokens).argmax(-1)
-    return (predicted, logits[1].argmax(-1)) if isinstance(labels, tuple) else predicted
+def _predicted(logits: Any, labels: Any) -> tuple[Tensor, ...]:
+    """``[B, S]``: the likeliest token at each place with a label, and the loss there; ``[B]``: next or random."""
+    tokens, *next_sentence = logits if isinstance(logits, tuple) else (logits,)
+    wanted = labels[0] if isinstance(labels, tuple) else labels
+    labelled = wanted != IGNORED
+    predicted = wanted.masked_scatter(labelled, tokens.argmax(-1))
+    losses = F.cross_entropy(tokens.float(), wanted[labelled], reduction="none")
+    losses = losses.new_zeros(wanted.shape).masked_scatter(labelled, losses)
+    return (predicted, losses, *(choice.argmax(-1) for choice in next_sentence))
 
 
 def _scores(prediction: EvalPrediction) -> dict[str, float]:
-    predicted: Any = prediction.predictions
-    wanted: Any = prediction.label_ids
-    scores: dict[str, float] = {}
-    if isinstance(wanted, tuple):
-        scores["next_sentence_accuracy"] = float(accuracy_score(wanted[1], predicted[1]))
-        predicted, wanted = predicted[0], wanted[0]
-    labelled: Ids = wanted[wanted != IGNORED]
-    scores["masked_accuracy"] = float(accuracy_score(labelled, predicted[wanted != IGNORED]))
-    # What always saying the commonest of these tokens gives.
-    scores["most_frequent_token"] = float(np.bincount(labelled).max() / len(labelled))
+    labels: Any = prediction.label_ids
+    predictions: Any = prediction.predictions
+    predicted, losses, *next_sentence = predictions
+    wanted, *is_random = labels if isinstance(labels, tuple) else (labels,)
+    labelled = wanted != IGNORED
+    tokens: Ids = wanted[labelled]
+    scores = {
+        "masked_loss": float(losses[labelled].mean()),
+        "masked_accuracy": float(accuracy_score(tokens, predicted[labelled])),
+        # What always saying the commonest of these tokens gives.
+        "most_frequent_token": float(np.bincount(tokens).max() / len(tokens)),
+    }
+    if next_sentence:
+        scores["next_sentence_accuracy"] = float(accuracy_score(is_random[0], next_sentence[0]))
     return scores

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from accelerate import PartialState
+from accelerate import DistributedType, PartialState
 from torch.utils.data import Dataset
 from transformers import (
     EarlyStoppingCallback,
@@ -21,6 +22,7 @@ from transformers import (
     PrinterCallback,
     TrainingArguments,
 )
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
 from fastbert.training.batches import Batches, Collator
@@ -29,6 +31,8 @@ from fastbert.training.trainer import LOG, PLOT, Journal, Trainer, is_curve
 
 SETTINGS = "fastbert.json"
 _STATE = "trainer_state.json"
+# Version 2, a layer at a time, each process with its own shards in a checkpoint.
+_FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
 # They say how a run goes on, not what it computes.
 _OF_THE_CALL = ("output", "resume", "overwrite")
 
@@ -61,7 +65,8 @@ class Settings:
     save_steps: int | None = None
     save_total_limit: int = 2
     early_stopping_patience: int | None = None
-    device: str | None = None
+    fsdp: bool = False
+    use_cpu: bool = False
     resume: bool = False
     overwrite: bool = False
 
@@ -71,14 +76,17 @@ def scored(scores: dict[str, float]) -> list[str]:
     return [name for name in scores if is_curve(name, scores[name])]
 
 
-def open_output(settings: Settings, about: dict[str, Any]) -> Path | None:
+@contextlib.contextmanager
+def opened(settings: Settings, about: dict[str, Any]) -> Iterator[Path | None]:
     """Make the output folder, note what the run is, and find what a stopped one left.
+
+    Where the run turns out to be impossible before a step is made, a folder that was made for it is taken away again.
 
     Args:
         settings: of the run.
         about: what else decides its result, to be saved as JSON.
 
-    Returns:
+    Yields:
         The checkpoint to go on with, or None to begin.
 
     Raises:
@@ -88,24 +96,35 @@ def open_output(settings: Settings, about: dict[str, Any]) -> Path | None:
     output = settings.output
     if output.exists() and not output.is_dir():
         raise DataError(f"--output {output} is a file; it must be a folder")
-    noted = output / SETTINGS
+    if settings.fsdp and PartialState().distributed_type != DistributedType.MULTI_GPU:
+        raise DataError(
+            f"--fsdp shards over the processes of several GPUs, and this run has {PartialState().num_processes} on "
+            f"{PartialState().device.type}; torchrun or accelerate launch starts more"
+        )
     # Through JSON, so that what is compared is what was written.
     wanted = json.loads(json.dumps({**about, **_decisive(settings)}, default=str))
-    if settings.overwrite and noted.exists() and is_main_process():
-        for path in (*output.glob("checkpoint-*"), noted, output / LOG, output / PLOT):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    wait_for_everyone()
     if settings.resume:
-        _check_same(output, noted, wanted)
-        return _last_checkpoint(output)
+        _check_same(output, wanted)
+        yield _last_checkpoint(output)
+        return
     if output.exists() and any(output.iterdir()) and not settings.overwrite:
-        told = "--resume goes on with it, and --overwrite begins again" if noted.exists() else "--overwrite adds to it"
+        is_run = (output / SETTINGS).exists()
+        told = "--resume goes on with it, and --overwrite begins again" if is_run else "--overwrite adds to it"
         raise DataError(f"--output {output} is not empty; {told}")
+    made = not output.exists()
+    # No process changes anything before all have looked.
     wait_for_everyone()
     if is_main_process():
+        _clear(output)
         output.mkdir(parents=True, exist_ok=True)
-        noted.write_text(f"{json.dumps(wanted, indent=1)}\n", "utf-8")
-    return None
+        (output / SETTINGS).write_text(f"{json.dumps(wanted, indent=1)}\n", "utf-8")
+    wait_for_everyone()
+    try:
+        yield None
+    except Exception:
+        if made and is_main_process() and not (output / LOG).exists():
+            shutil.rmtree(output, ignore_errors=True)
+        raise
 
 
 def train(
@@ -131,7 +150,7 @@ def train(
         settings: how.
         lengths: tokens of each training example.
         collator: makes batches of examples.
-        checkpoint: where to go on, from ``open_output``.
+        checkpoint: where to go on, from ``opened``.
         compute_metrics, preprocess_logits: as Hugging Face's ``Trainer`` takes them.
         best: the score by which the best of the evaluated models is kept; None keeps the last.
 
@@ -171,12 +190,23 @@ def train(
     if settings.early_stopping_patience is not None:
         trainer.add_callback(EarlyStoppingCallback(settings.early_stopping_patience))
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if settings.fsdp:
+        # Checkpoints are in shards; the result is one that anything loads.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
+    if is_main_process():
+        # A pickle, that nothing reads: what it holds is in fastbert.json.
+        (settings.output / TRAINING_ARGS_NAME).unlink(missing_ok=True)
     if eval_data is None:
         return {}
     step = trainer.state.global_step if best is None else trainer.state.best_global_step
     logged = (e for e in reversed(trainer.state.log_history) if e["step"] == step and "eval_loss" in e)
     return next(logged, None) or trainer.evaluate()
+
+
+def join_processes(use_cpu: bool) -> None:
+    """Find the other processes, where torchrun or accelerate has started some. To be called before all else here."""
+    PartialState(cpu=use_cpu or not torch.cuda.is_available())
 
 
 def is_main_process() -> bool:
@@ -193,9 +223,19 @@ def _decisive(settings: Settings) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(settings).items() if name not in _OF_THE_CALL}
 
 
-def _check_same(output: Path, noted: Path, wanted: dict[str, Any]) -> None:
+def _clear(output: Path) -> None:
+    """Take an earlier run's own files out of its folder."""
+    if (output / SETTINGS).exists():
+        for path in (
+            *output.glob("checkpoint-*"),
+            *(output / name for name in (SETTINGS, LOG, PLOT, "tokenizer.json")),
+        ):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _check_same(output: Path, wanted: dict[str, Any]) -> None:
     try:
-        found = json.loads(noted.read_text("utf-8"))
+        found = json.loads((output / SETTINGS).read_text("utf-8"))
     except FileNotFoundError:
         raise DataError(f"--output {output} has no run to resume; without --resume one begins") from None
     changed = [name for name in wanted if found.get(name) != wanted[name]]
@@ -243,7 +283,7 @@ def _arguments(settings: Settings, best: str | None, evaluates: bool) -> Trainin
         bf16=settings.bf16,
         fp16=settings.fp16,
         seed=settings.seed,
-        use_cpu=settings.device == "cpu" or not torch.cuda.is_available(),
+        use_cpu=settings.use_cpu or not torch.cuda.is_available(),
         logging_steps=settings.logging_steps,
         eval_strategy=_strategy(settings.eval_steps) if evaluates else IntervalStrategy.NO,
         eval_steps=settings.eval_steps,
@@ -257,6 +297,8 @@ def _arguments(settings: Settings, best: str | None, evaluates: bool) -> Trainin
         include_num_input_tokens_seen="non_padding",
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
+        fsdp=settings.fsdp or None,  # type: ignore[arg-type]
+        fsdp_config=_FSDP if settings.fsdp else None,
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
     )

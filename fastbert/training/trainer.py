@@ -115,26 +115,31 @@ class Journal(TrainerCallback):
 
 def plot(history: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw a log's losses in one panel, and each other score of the evaluations in one of its own."""
-    curves: dict[str, list[tuple[int, float]]] = {}
-    for entry in history:
-        # The last entry sums the run up, and is no point of a curve.
-        if "train_runtime" in entry:
-            continue
-        for name, value in entry.items():
-            if is_curve(name, value):
-                curves.setdefault(name, []).append((entry["step"], value))
-    scores = [name for name in curves if name.startswith("eval_") and name != "eval_loss"]
+    found = curves(history)
+    scores = [name for name in found if name.startswith("eval_") and name != "eval_loss"]
     figure = matplotlib.figure.Figure(figsize=(5 * (1 + len(scores)), 4), layout="constrained")
     panels = figure.subplots(1, 1 + len(scores), squeeze=False)[0]
     for name, label in (("loss", "training"), ("eval_loss", "evaluation")):
-        if name in curves:
-            panels[0].plot(*zip(*curves[name], strict=True), label=label, marker="." if name == "eval_loss" else None)
+        if name in found:
+            panels[0].plot(*zip(*found[name], strict=True), label=label, marker="." if name == "eval_loss" else None)
     panels[0].set(title="loss", xlabel="step")
-    panels[0].legend()
+    if panels[0].lines:
+        panels[0].legend()
     for panel, name in zip(panels[1:], scores, strict=True):
-        panel.plot(*zip(*curves[name], strict=True), marker=".")
+        panel.plot(*zip(*found[name], strict=True), marker=".")
         panel.set(title=name.removeprefix("eval_").replace("_", " "), xlabel="step")
     figure.savefig(path, dpi=120)
+
+
+def curves(history: Sequence[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """The values of a log by name: (step, value), without those of the entry that sums the run up."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for entry in history:
+        if "train_loss" not in entry:
+            for name, value in entry.items():
+                if is_curve(name, value):
+                    found.setdefault(name, []).append((entry["step"], value))
+    return found
 
 
 def is_curve(name: str, value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Batches: each example once in an epoch over all processes, about as many tokens for each, and the same on every run."""
+"""Batches: each example once in an epoch over all processes, as many tokens for each, and the same on every run."""
 
 import numpy as np
 import pytest

@@ -25,6 +25,11 @@ def test_vocabulary(tokenizer):
     assert tokenizer.decode(tokenizer("The Kernels", add_special_tokens=False)["input_ids"]) == "the kernels"
 
 
+def test_the_same_texts_give_the_same_vocabulary():
+    vocabularies = [vocabulary.learn(TEXTS, 70, 64).get_vocab() for _ in range(8)]
+    assert all(found == vocabularies[0] for found in vocabularies)
+
+
 def test_cased_vocabulary():
     tokenizer = vocabulary.learn(["Caf\u00e9 caf\u00e9"], 60, 64, lowercase=False)
     assert tokenizer.decode(tokenizer("Caf\u00e9", add_special_tokens=False)["input_ids"]) == "Caf\u00e9"

@@ -175,7 +175,7 @@ class QuestionAnswering:
         encoded = self.encode([e._replace(answers=None) for e in examples], tokenizer, max_length)
         collator = Collator(tokenizer.pad_token_id, self.keys[:2])
         rows = [(start.numpy(), end.numpy()) for start, end in logits(model, encoded, collator)]
-        impossible = bool(getattr(model.config, "answers_may_be_missing", False))
+        impossible = bool(getattr(model.config, "fastbert", {}).get("answers_may_be_missing"))
         answers = best_answers(examples, encoded, rows, impossible)
         return [
             {"id": example.id, "question": example.question, **answer}

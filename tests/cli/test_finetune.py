@@ -1,0 +1,355 @@
+"""``fastbert finetune`` and ``fastbert predict``: what is learnt, what is left in the folder, and what is refused."""
+
+import csv
+import json
+
+import datasets
+import pytest
+import torch
+from cli import made, tiny
+from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer, pipeline
+
+import fastbert
+
+FAST = ("--learning-rate", 3e-3, "--batch-size", 16)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return tiny.checkpoint(tmp_path_factory.mktemp("bert") / "tiny-bert", initializer_range=0.05)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for split, seed, part in (("train", 0, 1.0), ("eval", 1, 0.2)):
+        made.write_csv(folder / f"classified-{split}.csv", ["text", "label"], made.classified(int(300 * part), seed))
+        columns = ["text", "text_pair", "label"]
+        made.write_csv(folder / f"pairs-{split}.csv", columns, made.pairs(int(800 * part), seed))
+        made.write_conll(folder / f"{split}.conll", int(300 * part), seed)
+        made.write_squad(folder / f"{split}.json", int(900 * part), seed, longest=30)
+        made.write_squad(folder / f"missing-{split}.json", int(900 * part), seed, missing=0.3)
+    return folder
+
+
+RUNS = {
+    "classification": ("classification", "classified-{}.csv", ()),
+    "pairs": ("pairs", "pairs-{}.csv", ("--epochs", 4)),
+    "ner": ("ner", "{}.conll", ("--epochs", 6)),
+    "qa": ("qa", "{}.json", ("--epochs", 8, "--max-length", 48)),
+    "qa-missing": ("qa", "missing-{}.json", ("--epochs", 10, "--max-length", 48)),
+}
+
+
+def finetune(bert, output, task, train, *more):
+    return tiny.run("finetune", "--task", task, "--model", bert, "--train", train, "--output", output, *FAST, *more)
+
+
+@pytest.fixture(scope="module")
+def tuned(bert, data, tmp_path_factory):
+    """The output folder of a run, by its name."""
+    folders = {}
+
+    def of(name):
+        if name not in folders:
+            task, files, more = RUNS[name]
+            output = tmp_path_factory.mktemp("tuned") / name
+            train, evaluated = (data / files.format(split) for split in ("train", "eval"))
+            result = finetune(bert, output, task, train, "--eval", evaluated, *more)
+            assert result.exit_code == 0, result.output
+            folders[name] = output
+        return folders[name]
+
+    return of
+
+
+def scores(folder):
+    log = json.loads((folder / "log.json").read_text())
+    return next(entry for entry in reversed(log) if "eval_loss" in entry)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "score"),
+    [
+        ("classification", "accuracy"),
+        ("classification", "macro_f1"),
+        ("pairs", "accuracy"),
+        ("ner", "f1"),
+        ("qa", "exact_match"),
+        ("qa", "f1"),
+        ("qa-missing", "f1"),
+    ],
+)
+def test_it_learns(tuned, name, score):
+    # Guessing gets half of the classes and pairs right, and next to none of the entities and answers.
+    assert scores(tuned(name))[f"eval_{score}"] >= 0.95
+
+
+@pytest.mark.slow
+def test_what_is_in_the_folder(tuned):
+    folder = tuned("classification")
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "log.json", "training.png"} <= names
+    assert (folder / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(folder.glob("*.bin"))
+    log = json.loads((folder / "log.json").read_text())
+    losses = [entry["loss"] for entry in log if "loss" in entry]
+    assert losses[-1] < losses[0] / 3
+    card = (folder / "README.md").read_text()
+    assert f"| accuracy | {scores(folder)['eval_accuracy']:.4f} |" in card
+    assert "| learning_rate | 0.003 |" in card
+    assert "pipeline_tag: text-classification" in card
+
+
+@pytest.mark.slow
+def test_plain_transformers_loads_it(tuned, data):
+    folder = tuned("classification")
+    model, report = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert type(model).__module__.startswith("transformers.")
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    classify = pipeline("text-classification", model=model, tokenizer=AutoTokenizer.from_pretrained(folder))
+    with (data / "classified-eval.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    found = [answer["label"] for answer in classify([row["text"] for row in rows])]
+    right = sum(label == row["label"] for label, row in zip(found, rows, strict=True))
+    assert right / len(rows) == pytest.approx(scores(folder)["eval_accuracy"])
+
+
+def predict(folder, texts, out):
+    result = tiny.run("predict", "--model", folder, "--texts", texts, "--json", out)
+    assert result.exit_code == 0, result.output
+    return json.loads(out.read_text("utf-8"))
+
+
+@pytest.mark.slow
+def test_predict_classes(tuned, tmp_path):
+    texts = tiny.write(tmp_path / "texts.txt", ["the kernel of sum", "row of the token", "", "kernel " + "row " * 90])
+    found = predict(tuned("classification"), texts, tmp_path / "out.json")
+    assert [row["text"] for row in found] == texts.read_text().split("\n")[:-1]
+    assert [found[i]["label"] for i in (0, 1, 3)] == ["fast", "small", "fast"]
+    for row in found:
+        assert sum(row["scores"].values()) == pytest.approx(1, abs=1e-5)
+        assert row["scores"][row["label"]] == row["score"] == max(row["scores"].values())
+
+
+@pytest.mark.slow
+def test_predict_pairs(tuned, tmp_path):
+    rows = [("the kernel of", "row token sum", "?"), ("the token of", "row kernel sum", "?")]
+    table = made.write_csv(tmp_path / "pairs.csv", ["text", "text_pair", "note"], rows)
+    found = predict(tuned("pairs"), table, tmp_path / "out.json")
+    assert [(row["text_pair"], row["label"]) for row in found] == [(rows[0][1], "first"), (rows[1][1], "second")]
+    lines = tiny.write(tmp_path / "lines.txt", ["one"])
+    told = tiny.refusal("predict", "--model", tuned("pairs"), "--texts", lines, "--json", tmp_path / "out.json")
+    assert "pairs come as .csv, .tsv or .jsonl" in told
+
+
+@pytest.mark.slow
+def test_predict_entities(tuned, tmp_path):
+    texts = tiny.write(tmp_path / "texts.txt", ["the kernel mask batch of row", "sum, token.", "of the row"])
+    found = predict(tuned("ner"), texts, tmp_path / "out.json")
+    assert found[0]["entities"] == [{"entity": "TOOL", "text": "kernel mask batch", "start": 4, "end": 21}]
+    assert {"entity": "PART", "text": "token", "start": 5, "end": 10} in found[1]["entities"]
+    assert found[2]["entities"] == []
+
+
+@pytest.mark.slow
+def test_predict_answers(tuned, data, tmp_path):
+    found = predict(tuned("qa"), data / "eval.json", tmp_path / "out.json")
+    questions = [p for article in json.loads((data / "eval.json").read_text())["data"] for p in article["paragraphs"]]
+    right = 0
+    for row, paragraph in zip(found, questions, strict=True):
+        assert row["id"] == paragraph["qas"][0]["id"]
+        assert row["answer"] == paragraph["context"][row["start"] : row["end"]]
+        right += row["answer"] == paragraph["qas"][0]["answers"][0]["text"]
+    assert right / len(found) >= 0.95
+    table = made.write_csv(tmp_path / "q.csv", ["question", "context"], [("the token of", "row the token of sum")])
+    assert predict(tuned("qa"), table, tmp_path / "out.json")[0]["answer"] == "token"
+
+
+@pytest.mark.slow
+def test_predict_missing_answers(tuned, tmp_path):
+    rows = [("the token of", "row the sum of the length"), ("the token of", "row the token of sum")]
+    table = made.write_csv(tmp_path / "q.csv", ["question", "context"], rows)
+    assert [row["answer"] for row in predict(tuned("qa-missing"), table, tmp_path / "out.json")] == ["", "token"]
+
+
+@pytest.mark.slow
+def test_long_contexts_are_answered_in_windows(tuned, tmp_path):
+    made.write_squad(tmp_path / "long.json", 40, seed=5, longest=300)
+    questions = json.loads((tmp_path / "long.json").read_text())["data"][0]["paragraphs"]
+    assert max(len(p["context"].split()) for p in questions) > 4 * 48
+    found = predict(tuned("qa"), tmp_path / "long.json", tmp_path / "out.json")
+    right = sum(
+        row["answer"] == paragraph["qas"][0]["answers"][0]["text"]
+        for row, paragraph in zip(found, questions, strict=True)
+    )
+    assert right / len(found) >= 0.9
+
+
+@pytest.mark.slow
+def test_imdb_folder_and_saved_dataset_and_jsonl_are_the_same(bert, tmp_path):
+    examples = made.classified(64)
+    ids = {"fast": 0, "small": 1}
+    for number, (text, label) in enumerate(examples):
+        folder = tmp_path / "aclImdb" / "train" / label
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number:03}.txt").write_text(text)
+    (tmp_path / "aclImdb" / "train" / "unsup").mkdir()
+    (tmp_path / "aclImdb" / "train" / "unsup" / "0.txt").write_text("no label")
+    ordered = sorted(examples, key=lambda example: example[1])
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=list(ids))})
+    table = {"text": [text for text, _ in ordered], "label": [ids[label] for _, label in ordered]}
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict(table, features)}).save_to_disk(tmp_path / "saved")
+    lines = [json.dumps({"text": text, "label": label, "more": 1}) for text, label in ordered]
+    tiny.write(tmp_path / "rows.jsonl", lines)
+    weights = []
+    for name in ("aclImdb", "saved", "rows.jsonl"):
+        output = tmp_path / f"of-{name}"
+        result = finetune(bert, output, "classification", tmp_path / name, "--epochs", 1)
+        assert result.exit_code == 0, result.output
+        assert "not evaluated, for want of --eval" in result.output
+        weights.append(fastbert.BertForSequenceClassification.from_pretrained(output).state_dict())
+    for other in weights[1:]:
+        for name, value in weights[0].items():
+            torch.testing.assert_close(value, other[name], rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_frozen_encoder(bert, data, tmp_path):
+    result = finetune(bert, tmp_path / "out", "ner", data / "train.conll", "--epochs", 1, "--freeze-encoder")
+    assert result.exit_code == 0, result.output
+    before = fastbert.BertModel.from_pretrained(bert, add_pooling_layer=False)
+    after = fastbert.BertForTokenClassification.from_pretrained(tmp_path / "out")
+    for name, value in before.named_parameters():
+        torch.testing.assert_close(after.bert.get_parameter(name), value, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_early_stopping_keeps_the_best(bert, data, tmp_path):
+    # A rate this high spoils the model soon after it has learnt.
+    result = finetune(
+        bert, tmp_path / "out", "classification", data / "classified-train.csv", "--eval",
+        data / "classified-eval.csv", "--epochs", 40, "--early-stopping-patience", 2, "--learning-rate", 1e-2,
+        "--lr-scheduler-type", "constant_with_warmup",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    log = json.loads((tmp_path / "out" / "log.json").read_text())
+    found = [entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry]
+    assert len(found) < 40
+    assert max(found) not in found[-2:] or found.index(max(found)) < len(found) - 2
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"| accuracy | {max(found):.4f} |" in card
+    model = fastbert.BertForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    with (data / "classified-eval.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    batch = tokenizer([row["text"] for row in rows], padding=True, return_tensors="pt")
+    chosen = [model.config.id2label[int(i)] for i in model(**batch).logits.argmax(-1)]
+    right = sum(label == row["label"] for label, row in zip(chosen, rows, strict=True))
+    assert right / len(rows) == pytest.approx(max(found))
+
+
+@pytest.mark.slow
+def test_another_number_of_labels(tuned, data, tmp_path):
+    """A checkpoint of another task lends its encoder."""
+    result = finetune(tuned("ner"), tmp_path / "out", "classification", data / "classified-train.csv")
+    assert result.exit_code == 0, result.output
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 2
+    result = finetune(tuned("classification"), tmp_path / "qa", "qa", data / "train.json", "--max-length", 48)
+    assert result.exit_code == 0, result.output
+    assert AutoModelForQuestionAnswering.from_pretrained(tmp_path / "qa").config.num_labels == 2
+
+
+def refused(bert, tmp_path, task, content, name, *more, evaluated=None):
+    path = tmp_path / name
+    path.write_text(content, "utf-8")
+    if evaluated is not None:
+        (tmp_path / f"eval-{name}").write_text(evaluated, "utf-8")
+        more = (*more, "--eval", tmp_path / f"eval-{name}")
+    return tiny.refusal(
+        "finetune", "--task", task, "--model", bert, "--train", path, "--output", tmp_path / "out", *more
+    )
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "content", "told"),
+    [
+        ("classification", "a.csv", "text,label\n", "holds no examples"),
+        ("classification", "a.csv", "text,label\none,a\ntwo\n", "line 3 has 1 fields; it must have 2: text, label"),
+        ("classification", "a.csv", 'text,label\none,a\n"two,b\n', "a.csv, line 3 is malformed"),
+        ("classification", "a.csv", "words,class,x\none,a,1\n", "line 1 names the columns words, class, x;"),
+        ("classification", "a.csv", "text,label\none,a\ntwo,a\n", "all examples have the label 'a'"),
+        ("classification", "a.jsonl", '{"text": "one", "label": "a"}\nnope\n', "a.jsonl, line 2 is no JSON"),
+        ("classification", "a.jsonl", '{"text": "one"}\n', "a.jsonl, line 1 has no 'label'; it has text"),
+        ("classification", "a.jsonl", "[1]\n", "a.jsonl, line 1 is no JSON object"),
+        ("classification", "a.txt", "one\n", "a.txt ends in .txt; it may be .csv, .tsv or .jsonl, or a folder"),
+        ("pairs", "a.csv", "text,label\none,a\n", "text, label; there must be text, text_pair, label"),
+        ("ner", "a.conll", "the O\nkernel\n\n", "line 2 has one column, 'kernel'; the last must be"),
+        ("ner", "a.conll", "the NN O\nkernel B-X\n\n", "a.conll, line 2 has 2 columns, and the lines before it 3"),
+        ("ner", "a.conll", "\n\n", "holds no examples"),
+        ("ner", "a.conll", "the O\n", "all words have the tag 'O'"),
+        ("qa", "a.json", "{", "a.json is no JSON"),
+        ("qa", "a.json", '{"data": [{"paragraphs": [{"qas": [{}]}]}]}', "is not in SQuAD's format: after its"),
+        ("qa", "a.json", '{"data": []}', "holds no examples"),
+    ],
+)  # fmt: skip
+def test_bad_training_data(bert, tmp_path, task, name, content, told):
+    assert told in refused(bert, tmp_path, task, content, name)
+    assert not (tmp_path / "out").exists()
+
+
+def squad(answer, start):
+    qa = {"id": "q7", "question": "who", "answers": [{"text": answer, "answer_start": start}]}
+    return json.dumps({"data": [{"paragraphs": [{"context": "the kernel of", "qas": [qa]}]}]})
+
+
+@pytest.mark.parametrize(
+    ("answer", "start", "there"), [("kernel", 5, "'ernel '"), ("token", 4, "'kerne'"), ("", 4, "''")]
+)
+def test_an_answer_that_is_not_in_its_context(bert, tmp_path, answer, start, there):
+    told = refused(bert, tmp_path, "qa", squad(answer, start), "a.json")
+    assert f"question q7: the answer {answer!r} is not in its context at character {start}, where {there} is" in told
+
+
+def test_unknown_labels_in_the_evaluation(bert, tmp_path):
+    table = "text,label\none,a\ntwo,b\n"
+    told = refused(bert, tmp_path, "classification", table, "a.csv", evaluated="text,label\none,a\nthree,c\n")
+    assert "eval-a.csv, line 3 has the label 'c', which no training example has; they have 'a', 'b'" in told
+    told = refused(bert, tmp_path, "ner", "the O\nkernel B-X\n", "a.conll", evaluated="the O\n\nof O\nrow B-Y\n")
+    assert "sentence 2 has the tag 'B-Y', which no training sentence has; they have 'O', 'B-X'" in told
+
+
+def test_other_refusals(bert, tmp_path):
+    table = "text,label\none,a\ntwo,b\n"
+    more = ("--early-stopping-patience", 2)
+    assert "--early-stopping-patience needs --eval" in refused(bert, tmp_path, "classification", table, "a.csv", *more)
+    told = refused(bert, tmp_path, "classification", table, "a.csv", "--max-length", 100)
+    assert "--max-length is 100; tiny-bert has positions for 64 tokens" in told
+    told = refused(bert, tmp_path, "qa", squad("kernel", 4), "a.json", "--max-length", 8)
+    assert "question q7 has 3 tokens; with a length of 8 it may have 2" in told
+    assert "no run to resume" in refused(bert, tmp_path, "classification", table, "a.csv", "--resume")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    told = refused(bert, tmp_path, "classification", table, "a.csv")
+    assert f"--output {tmp_path / 'out'} is not empty; --overwrite adds to it" in told
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+
+
+def test_a_checkpoint_of_another_architecture(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2Model"]}')
+    told = refused(tmp_path / "other", tmp_path, "classification", "text,label\none,a\ntwo,b\n", "a.csv")
+    assert "has model_type gpt2 (GPT2Model), which fastbert doesn't serve" in told
+
+
+def test_predict_refuses_an_encoder(bert, tmp_path):
+    texts = tiny.write(tmp_path / "texts.txt", ["one"])
+    told = tiny.refusal("predict", "--model", bert, "--texts", texts, "--json", tmp_path / "out.json")
+    assert "tiny-bert is BertModel; predict serves BertForSequenceClassification" in told
+    told = tiny.refusal("predict", "--model", bert, "--texts", texts, "--json", tmp_path / "no" / "out.json")
+    assert "doesn't exist" in told
+    told = tiny.refusal("predict", "--model", bert, "--texts", texts, "--json", texts)
+    assert "is the file of the texts itself" in told
+    assert texts.read_text() == "one\n"

@@ -1,0 +1,261 @@
+"""``fastbert pretrain``: what is learnt, that a killed run resumes to the same end, and what is refused."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+import torch
+from cli import made, tiny
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForPreTraining
+from transformers import BertModel as HuggingFaceModel
+
+import fastbert
+
+# Without dropout it learns in seconds.
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 128,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+OBJECTIVES = ("mlm+nsp", "mlm", "mae")
+SUBJECTS = ("kernel", "token", "batch", "mask")
+
+
+def write_corpus(path, count=600, seed=0):
+    """Documents about one subject each: a word of their sentences. The others follow a rule, but for one in six."""
+    generator = random.Random(seed)
+    documents = []
+    for number in range(count):
+        subject = SUBJECTS[number % len(SUBJECTS)]
+        sentences = []
+        for _ in range(generator.randint(4, 10)):
+            words = []
+            for _ in range(generator.randint(2, 4)):
+                words += ["the", subject, "of", "the", generator.choice(("row", "sum")), "and"]
+            sentences.append(" ".join(words[:-1]) + ".")
+        documents.append("\n".join(sentences))
+    path.write_text("\n\n".join(documents) + "\n", "utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.txt")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("config") / "config.json"
+    path.write_text(json.dumps({**SMALL, "max_position_embeddings": 64, "model_type": "bert"}))
+    return path
+
+
+def arguments(corpus, config, output, objective="mlm+nsp", **options):
+    chosen = {"steps": 40, "tokens-per-batch": 1024, "max-length": 48, "vocab-size": 120, "learning-rate": 3e-3}
+    found = ["pretrain", "--corpus", corpus, "--config", config, "--output", output, "--objective", objective]
+    for name, value in {**chosen, **options}.items():
+        found += [f"--{name}", value]
+    return found
+
+
+@pytest.fixture(scope="module")
+def pretrained(corpus, config, tmp_path_factory):
+    folders = {}
+
+    def of(objective):
+        if objective not in folders:
+            output = tmp_path_factory.mktemp("pretrained") / "out"
+            steps = {"mlm+nsp": 700, "mlm": 200, "mae": 300}[objective]
+            more = {"steps": steps, "eval-fraction": 0.3, "logging-steps": 50}
+            result = tiny.run(*arguments(corpus, config, output, objective, **more))
+            assert result.exit_code == 0, result.output
+            folders[objective] = output
+        return folders[objective]
+
+    return of
+
+
+def scores(folder):
+    log = json.loads((folder / "log.json").read_text())
+    return next(entry for entry in reversed(log) if "eval_loss" in entry)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_it_learns(pretrained, objective):
+    found = scores(pretrained(objective))
+    card = (pretrained(objective) / "README.md").read_text()
+    entropy = float(card.partition("unigram entropy of ")[2].split()[0])
+    # Row or sum, a fair coin, is 0.69 nats for one word in six; all else follows from the document.
+    assert found["eval_masked_loss"] < entropy / 2
+    assert found["eval_masked_accuracy"] > found["eval_most_frequent_token"] + 0.3
+    if objective == "mlm+nsp":
+        # Over four hundred pairs: four standard deviations above chance.
+        assert found["eval_next_sentence_accuracy"] > 0.6
+    else:
+        assert "eval_next_sentence_accuracy" not in found
+
+
+@pytest.mark.slow
+def test_what_is_in_the_folder(pretrained):
+    folder = pretrained("mlm+nsp")
+    names = {path.name for path in folder.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "log.json", "training.png"} <= names
+    assert not list(folder.glob("*.bin"))
+    log = json.loads((folder / "log.json").read_text())
+    tokens = [entry["num_input_tokens_seen"] for entry in log if "num_input_tokens_seen" in entry]
+    assert tokens == sorted(tokens)
+    assert 0.8 * 700 * 1024 < tokens[-1] < 1.2 * 700 * 1024
+
+
+@pytest.mark.slow
+def test_plain_transformers_loads_them(pretrained):
+    for objective, kind in (("mlm+nsp", BertForPreTraining), ("mlm", AutoModelForMaskedLM)):
+        model, report = kind.from_pretrained(pretrained(objective), output_loading_info=True)
+        assert not report["missing_keys"]
+        assert not report["unexpected_keys"]
+    tokenizer = AutoTokenizer.from_pretrained(pretrained("mlm"))
+    inputs = tokenizer("the kernel of the row and the [MASK] of the sum.", return_tensors="pt")
+    place = int((inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero())
+    assert tokenizer.decode(model.eval()(**inputs).logits[0, place].argmax()) == "kernel"
+    _, report = HuggingFaceModel.from_pretrained(pretrained("mae"), add_pooling_layer=False, output_loading_info=True)
+    assert not report["missing_keys"]
+
+
+@pytest.mark.slow
+def test_from_pretraining_to_a_task(pretrained, tmp_path):
+    """A vocabulary and an encoder of our own, fine-tuned: what all of this is for."""
+    for name, seed in (("train", 0), ("eval", 1)):
+        rows = [(text, label) for text, label in made.classified(200, seed)]
+        made.write_csv(tmp_path / f"{name}.csv", ["text", "label"], rows)
+    result = tiny.run(
+        "finetune", "--task", "classification", "--model", pretrained("mae"), "--train", tmp_path / "train.csv",
+        "--eval", tmp_path / "eval.csv", "--output", tmp_path / "out", "--learning-rate", 1e-3, "--batch-size", 16,
+        "--max-length", 32,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "and a new pooler" in result.stderr
+    assert scores(tmp_path / "out")["eval_accuracy"] >= 0.95
+
+
+@pytest.mark.slow
+def test_going_on_from_a_checkpoint(pretrained, corpus, tmp_path):
+    result = tiny.run(
+        "pretrain", "--corpus", corpus, "--model", pretrained("mlm"), "--objective", "mae", "--steps", 2,
+        "--max-length", 48, "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "has no head for mae; a new one is trained" in result.stderr
+    before, after = (AutoTokenizer.from_pretrained(f).get_vocab() for f in (pretrained("mlm"), tmp_path / "out"))
+    assert before == after
+
+
+def weights(folder):
+    return fastbert.BertForPreTraining.from_pretrained(folder).state_dict()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_killed_run_resumes_to_the_same_end(corpus, tmp_path, accumulation):
+    """Dropout, masks, pairs, order, schedule and log go on as if nothing had been."""
+    config = tmp_path / "config.json"
+    dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
+    config.write_text(json.dumps({**SMALL, **dropout, "max_position_embeddings": 64}))
+    more = {"save-steps": 7, "eval-steps": 10, "logging-steps": 1, "gradient-accumulation-steps": accumulation}
+    killed = arguments(corpus, config, tmp_path / "killed", **more)
+    # Slowed down, so that it is killed in between.
+    prelude = (
+        "import torch, time; torch.set_num_threads(1)\n"
+        "from transformers import TrainerCallback\n"
+        "import fastbert.training.trainer as t\n"
+        "t.Journal.on_step_end = lambda *a, **k: time.sleep(0.05)\n"
+    )
+    process = tiny.start(*killed, prelude=prelude)
+    wanted = random.Random(accumulation).randint(8, 34)
+    log = tmp_path / "killed" / "log.json"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if json.loads(log.read_text())[-1]["step"] >= wanted:
+                break
+        except (OSError, ValueError):
+            pass
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "model.safetensors").exists()
+    # As if it had been killed while it wrote a checkpoint.
+    (tmp_path / "killed" / "checkpoint-39").mkdir()
+    resumed = tiny.run(*killed, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    whole = tiny.run(*arguments(corpus, config, tmp_path / "whole", **more))
+    assert whole.exit_code == 0, whole.output
+    losses = []
+    for name in ("killed", "whole"):
+        entries = json.loads((tmp_path / name / "log.json").read_text())
+        losses.append([(e["step"], e.get("loss"), e.get("eval_loss")) for e in entries if "train_loss" not in e])
+    assert len(losses[1]) == 44
+    assert losses[0] == losses[1]
+    found, expected = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_resume_needs_the_same_settings(corpus, config, tmp_path):
+    ours = arguments(corpus, config, tmp_path / "out", steps=2)
+    assert "has no run to resume; without --resume one begins" in tiny.refusal(*ours, "--resume")
+    assert tiny.run(*ours).exit_code == 0
+    told = tiny.refusal(*arguments(corpus, config, tmp_path / "out", steps=3), "--resume")
+    assert "holds a run with steps 2, and 3 is asked for; --resume needs the same settings" in told
+    told = tiny.refusal(*ours)
+    assert "is not empty; --resume goes on with it, and --overwrite begins again" in told
+    assert tiny.run(*ours, "--overwrite").exit_code == 0
+
+
+def test_the_default_corpus(config, tmp_path):
+    result = tiny.run(
+        "pretrain", "--config", config, "--output", tmp_path / "out", "--steps", 3, "--max-length", 32,
+        "--vocab-size", 500, "--eval-fraction", 0, "--logging-steps", 1,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    losses = [entry["loss"] for entry in json.loads((tmp_path / "out" / "log.json").read_text()) if "loss" in entry]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+
+
+def test_mixed_precision_checkpointing_and_whole_words(corpus, config, tmp_path):
+    more = ("--bf16", "--gradient-checkpointing", "--whole-word", "--cased")
+    result = tiny.run(*arguments(corpus, config, tmp_path / "out", steps=20), *more)
+    assert result.exit_code == 0, result.output
+    assert scores(tmp_path / "out")["eval_masked_loss"] < 4
+
+
+def test_refused(corpus, config, checkpoint, tmp_path):
+    def told(*more, **options):
+        return tiny.refusal(*arguments(corpus, config, tmp_path / "out", **options), *more)
+
+    assert "--model and --config are both given" in told("--model", checkpoint)
+    assert "--max-length is 65; the model has positions for 64 tokens" in told(**{"max-length": 65})
+    assert "--eval-fraction 0.0001 of 600 documents leaves none to evaluate on" in told(**{"eval-fraction": 0.0001})
+    one = tmp_path / "one.txt"
+    one.write_text("A sentence. Another.\n")
+    assert "the corpus has 1 documents, of which fewer than two" in told("--corpus", one, **{"eval-fraction": 0})
+    assert "doesn't exist; a corpus is" in told("--corpus", tmp_path / "absent")
+    for text, problem in (
+        ("{", "is no JSON"),
+        ("[]", "is no JSON object"),
+        ('{"model_type": "gpt2"}', "has model_type gpt2; it must be bert"),
+        ('{"hidden_size": 10, "num_attention_heads": 3}', "makes no BERT"),
+    ):
+        wrong = tmp_path / "wrong.json"
+        wrong.write_text(text)
+        assert problem in tiny.refusal(*arguments(corpus, wrong, tmp_path / "other"))
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is a file; it must be a folder" in tiny.refusal(*arguments(corpus, config, file))

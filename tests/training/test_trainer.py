@@ -1,0 +1,226 @@
+"""The training loop: Hugging Face's curve on the fused path, and steps that don't depend on how a batch is divided."""
+
+import json
+import random
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import transformers
+from cli import made, tiny
+from models import twins
+from transformers.models.bert import modeling_bert as hf
+
+import fastbert
+from fastbert.training import batches, pretraining, run, trainer, vocabulary
+from fastbert.training.errors import DataError
+from fastbert.training.kinds import Objective
+from fastbert.training.masking import Masking
+from fastbert.training.pretraining import Examples
+from fastbert.training.run import Settings
+
+HEADS = {Objective.mlm_nsp: "BertForPreTraining", Objective.mlm: "BertForMaskedLM"}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return vocabulary.learn([" ".join(tiny.WORDS)] * 9, 101, 64)
+
+
+def examples(tokenizer, objective):
+    generator = random.Random(0)
+    documents = [
+        [" ".join(generator.choices(tiny.WORDS, k=generator.randint(2, 12))) for _ in range(12)] for _ in range(40)
+    ]
+    return Examples(pretraining.encode(documents, tokenizer), objective, Masking(tokenizer), 48, 0)
+
+
+def train(model, tokenizer, data, output, objective, **settings):
+    """The losses of each step."""
+    chosen = {"logging_steps": 1, "learning_rate": 1e-3, "max_grad_norm": 1.0, "use_cpu": True, **settings}
+    run.train(
+        model,
+        tokenizer,
+        data,
+        None,
+        Settings(output=output, **chosen),
+        lengths=data.lengths,
+        collator=batches.Collator(tokenizer.pad_token_id, pretraining.KEYS[objective]),
+        checkpoint=None,
+    )
+    log = json.loads((output / "log.json").read_text())
+    return torch.tensor([entry["loss"] for entry in log if "loss" in entry], dtype=torch.float64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", HEADS)
+def test_a_hundred_steps_are_hugging_faces(tokenizer, tmp_path, objective):
+    reference, fast = twins.twins(HEADS[objective], initializer_range=0.02)
+    fast.sparse_prediction = True
+    data = examples(tokenizer, objective)
+    losses = [
+        train(model, tokenizer, data, tmp_path / name, objective, steps=100, tokens_per_batch=400)
+        for model, name in ((fast, "fast"), (reference, "reference"))
+    ]
+    assert type(reference) is getattr(hf, HEADS[objective])
+    assert len(losses[0]) == 100
+    assert losses[0][-10:].mean() < losses[0][:10].mean() - 0.3
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=0)
+    twins.assert_packed(fast)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", HEADS)
+def test_the_first_gradients_are_hugging_faces(tokenizer, objective):
+    reference, fast = twins.twins(HEADS[objective], initializer_range=0.02)
+    oracle = twins.twins(HEADS[objective], initializer_range=0.02)[0].double()
+    fast.sparse_prediction = True
+    data = examples(tokenizer, objective)
+    collator = batches.Collator(tokenizer.pad_token_id, pretraining.KEYS[objective])
+    batch = collator([data[key] for key in range(12)])
+    for model in (reference, fast, oracle):
+        found = model.train()(**batch)
+        found.loss.backward()
+    twins.assert_gradients_match(fast, reference, oracle)
+
+
+@pytest.mark.slow
+def test_accumulation_makes_the_same_steps(tokenizer, tmp_path):
+    """Batches have other numbers of masked tokens and of pairs, and the last step of an epoch is a smaller one."""
+    data = examples(tokenizer, Objective.mlm_nsp)
+    assert len(data) % 16
+    results = []
+    for size, accumulation in ((16, 1), (8, 2), (4, 4), (16, 1)):
+        model = twins.twins("BertForPreTraining")[1]
+        output = tmp_path / f"{size}-{accumulation}-{len(results)}"
+        how = {"epochs": 2.0, "batch_size": size, "gradient_accumulation_steps": accumulation}
+        losses = train(model, tokenizer, data, output, Objective.mlm_nsp, **how)
+        results.append((losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
+    (losses, weights), *others, (_, again) = results
+    assert torch.equal(weights, again)
+    for other_losses, other_weights in others:
+        torch.testing.assert_close(other_losses, losses, rtol=1e-5, atol=0)
+        torch.testing.assert_close(other_weights, weights, rtol=0, atol=2e-4)
+
+
+def launch(processes, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "-m", "fastbert"]
+    done = subprocess.run([str(x) for x in (*command, *arguments)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+def losses_of(output):
+    log = json.loads((output / "log.json").read_text())
+    return torch.tensor([entry["loss"] for entry in log if "loss" in entry], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """Runs of one process and of two, each with half of the batch: (output folder, what was printed)."""
+    folder = tmp_path_factory.mktemp("launched")
+    config = folder / "config.json"
+    off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    config.write_text(json.dumps({**off, **sizes}))
+    corpus = folder / "corpus.txt"
+    generator = random.Random(0)
+    blocks = ["\n".join(" ".join(generator.choices(tiny.WORDS, k=9)) + "." for _ in range(8)) for _ in range(60)]
+    corpus.write_text("\n\n".join(blocks))
+    made.write_conll(folder / "train.conll", 100)
+    bert = tiny.checkpoint(folder / "bert", initializer_range=0.05, **off)
+    common = ("--logging-steps", 1, "--threads", 1, "--learning-rate", 1e-3)
+    pretrain = ("pretrain", "--corpus", corpus, "--config", config, "--steps", 12, "--max-length", 48, *common)
+    ner = ("finetune", "--task", "ner", "--model", bert, "--train", folder / "train.conll", "--epochs", 2, *common)
+    found = {}
+    for processes in (1, 2):
+        tokens = ("--tokens-per-batch", 1024 // processes, "--save-steps", 6)
+        for name, arguments in (("pretrain", (*pretrain, *tokens)), ("ner", (*ner, "--batch-size", 16 // processes))):
+            output = folder / f"{name}-{processes}"
+            found[name, processes] = output, launch(processes, *arguments, "--output", output)
+    # Two processes go on where two were stopped.
+    resumed = folder / "pretrain-2"
+    for path in (resumed / "checkpoint-12", resumed / "model.safetensors"):
+        (run.shutil.rmtree if path.is_dir() else type(path).unlink)(path)
+    found["expected"] = losses_of(resumed)
+    arguments = (*pretrain, "--tokens-per-batch", 512, "--save-steps", 6, "--output", resumed, "--resume")
+    found["resumed"] = resumed, launch(2, *arguments)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pretrain", "ner"])
+def test_two_processes_train_as_one(launched, name):
+    alone, together = (launched[name, processes][0] for processes in (1, 2))
+    expected = losses_of(alone)
+    assert len(expected) > 10
+    torch.testing.assert_close(losses_of(together), expected, rtol=1e-5, atol=0)
+    kind = {"pretrain": fastbert.BertForPreTraining, "ner": fastbert.BertForTokenClassification}[name]
+    weights = [kind.from_pretrained(output).state_dict() for output in (alone, together)]
+    for path, value in weights[0].items():
+        torch.testing.assert_close(weights[1][path], value, rtol=0, atol=2e-4, msg=path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pretrain", "ner"])
+def test_one_process_tells_and_writes(launched, name):
+    output, done = launched[name, 2]
+    assert len(re.findall(r"^step 1 of ", done.stderr, re.MULTILINE)) == 1
+    assert len(done.stdout.splitlines()) == 1
+    assert not list(output.glob("*.bin"))
+
+
+@pytest.mark.slow
+def test_two_processes_resume(launched):
+    torch.testing.assert_close(losses_of(launched["resumed"][0]), launched["expected"], rtol=0, atol=0)
+
+
+def test_too_few_examples(tokenizer):
+    with pytest.raises(ValueError, match="there are 1 examples for 2 processes"):
+        batches.Batches([3], 0, batch_size=4, processes=2)
+
+
+def test_sharding_needs_gpus(tmp_path):
+    opened = run.opened(Settings(output=tmp_path / "out", fsdp=True), {})
+    with pytest.raises(DataError, match="--fsdp shards over the processes of several GPUs, and this run has 1 on cpu"):
+        opened.__enter__()
+    assert not (tmp_path / "out").exists()
+
+
+def test_curves_of_a_log():
+    history = [
+        {"step": 1, "epoch": 0.1, "loss": 3.0, "learning_rate": 1e-3, "train_runtime": 1.0},
+        {"step": 2, "epoch": 0.2, "loss": 2.0, "num_input_tokens_seen": 9, "train_tokens_per_second": 4.0},
+        {"step": 2, "epoch": 0.2, "eval_loss": 2.5, "eval_f1": 0.5, "eval_runtime": 1.0, "eval_steps_per_second": 2.0},
+        {"step": 2, "train_loss": 2.5, "train_runtime": 9.0, "total_flos": 1.0},
+    ]
+    assert trainer.curves(history) == {
+        "loss": [(1, 3.0), (2, 2.0)],
+        "learning_rate": [(1, 1e-3)],
+        "eval_loss": [(2, 2.5)],
+        "eval_f1": [(2, 0.5)],
+    }
+
+
+def test_plot(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer.plot([{"step": 1, "eval_loss": 2.0, "eval_f1": 0.3}], tmp_path / "a.png")
+        trainer.plot([], tmp_path / "b.png")
+    assert (tmp_path / "a.png").stat().st_size > (tmp_path / "b.png").stat().st_size > 1000
+
+
+def test_transformers_is_left_as_it_was():
+    """Nothing here stays behind in the library: models that are trained elsewhere are Hugging Face's."""
+    assert type(transformers.BertForMaskedLM(twins.config())) is hf.BertForMaskedLM

@@ -62,6 +62,15 @@ def test_whole_words_are_chosen_whole(tokenizer):
 
 
 @pytest.mark.parametrize("whole_word", [False, True])
+def test_special_tokens_are_never_chosen(tokenizer, whole_word):
+    ids = np.asarray(tokenizer("the", "of")["input_ids"])
+    masking = Masking(tokenizer, 0.9, whole_word)
+    for seed in range(20):
+        chosen = masking.choose(ids, np.random.default_rng(seed))
+        assert set(ids[chosen]).isdisjoint(tokenizer.all_special_ids)
+
+
+@pytest.mark.parametrize("whole_word", [False, True])
 def test_one_token_at_least(tokenizer, whole_word):
     ids = np.asarray(tokenizer("the")["input_ids"])
     assert len(Masking(tokenizer, 0.15, whole_word).choose(ids, np.random.default_rng(0))) >= 1

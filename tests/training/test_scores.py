@@ -1,13 +1,16 @@
 """Scores of entities and answers: published examples, and the libraries that the field compares with."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seqeval import metrics
 from torchmetrics.functional.text import squad
+from transformers import EvalPrediction
 
 from fastbert.training.tasks import ner, qa
+from fastbert.training.tasks.encoded import Encoded
 
 TAGS = ("O", "B-A", "I-A", "E-A", "S-A", "B-B", "I-B", "E-B", "S-B")
 
@@ -83,6 +86,21 @@ def test_answer_scores_are_those_of_squad(predicted, expected):
     assert 100 * max(qa.exact_match(told, a) for a in answers) == pytest.approx(float(found["exact_match"]))
     assert 100 * max(qa.token_f1(told, a) for a in answers) == pytest.approx(float(found["f1"]), abs=1e-4)
     assert isinstance(found["f1"], torch.Tensor)
+
+
+def test_the_best_of_several_answers_counts():
+    context = "the red kernel of the row"
+    question = qa.Question("q", "what", context, (("kernel", 8), ("red kernel", 4)))
+    spans = [None, None, (0, 3), (4, 7), (8, 14), (15, 17), (18, 21), (22, 25), None]
+    encoded = Encoded([{"input_ids": [0] * 9, "question": 0, "spans": spans}])
+    starts, ends = np.zeros((1, 9)), np.zeros((1, 9))
+    starts[0, 3] = ends[0, 4] = 5
+    prediction = EvalPrediction((starts, ends), None)
+    found = qa.QuestionAnswering().scores([question], encoded, None, prediction)
+    assert found == {"exact_match": 1.0, "f1": 1.0}
+    # Ends before it begins, or too far behind: neither is an answer.
+    assert qa.best_answers([question], encoded, [(starts[0], ends[0])])[0]["answer"] == "red kernel"
+    assert qa.best_answers([question], encoded, [(ends[0], starts[0])])[0]["answer"] != ""
 
 
 def test_a_word_without_pieces_and_a_long_sentence(tmp_path):

@@ -96,16 +96,17 @@ def test_the_first_gradients_are_hugging_faces(tokenizer, objective):
 
 
 @pytest.mark.slow
-def test_accumulation_makes_the_same_steps(tokenizer, tmp_path):
+@pytest.mark.parametrize("objective", HEADS)
+def test_accumulation_makes_the_same_steps(tokenizer, tmp_path, objective):
     """Batches have other numbers of masked tokens and of pairs, and the last step of an epoch is a smaller one."""
-    data = examples(tokenizer, Objective.mlm_nsp)
+    data = examples(tokenizer, objective)
     assert len(data) % 16
     results = []
     for size, accumulation in ((16, 1), (8, 2), (4, 4), (16, 1)):
-        model = twins.twins("BertForPreTraining")[1]
+        model = twins.twins(HEADS[objective])[1]
         output = tmp_path / f"{size}-{accumulation}-{len(results)}"
         how = {"epochs": 2.0, "batch_size": size, "gradient_accumulation_steps": accumulation}
-        losses = train(model, tokenizer, data, output, Objective.mlm_nsp, **how)
+        losses = train(model, tokenizer, data, output, objective, **how)
         results.append((losses, torch.cat([p.detach().flatten() for p in model.parameters()])))
     (losses, weights), *others, (_, again) = results
     assert torch.equal(weights, again)

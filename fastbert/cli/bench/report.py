@@ -2,7 +2,8 @@
 
 A document keeps a table between ``<!-- results: NAME -->`` and ``<!-- end -->``. NAME is that of a file of results, of
 which the headlines are shown; or "kernels", what ``benchmarks.kernels`` read in the machine code; or "predicted", what
-``benchmarks.predict`` makes of a GPU that nothing has been measured on.
+``benchmarks.predict`` makes of a GPU that nothing has been measured on; or "training", what ``benchmarks.training``
+learnt.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fastbert.cli.bench import results
 from fastbert.cli.errors import Refusal, reason
 
 REPORT = "BENCHMARKS.md"
-DOCUMENTS = ("README.md", "docs/performance.md", "docs/kernels.md")
+DOCUMENTS = ("README.md", "docs/performance.md", "docs/kernels.md", "docs/training.md")
 _MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _REFERENCE = "huggingface sdpa"
 _HEADLINE_PEERS = (_REFERENCE, "openvino")
@@ -96,7 +97,7 @@ def render(text: str, folder: Path) -> str:
 
     def replace(match: re.Match[str]) -> str:
         data = json.loads((folder / f"{match[2]}.json").read_text("utf-8"))
-        made = {"kernels": _kernels, "predicted": _predicted}.get(match[2], _headlines)
+        made = {"kernels": _kernels, "predicted": _predicted, "training": _training}.get(match[2], _headlines)
         return match[1] + made(data) + match[3]
 
     return _MARKED.sub(replace, text)
@@ -238,3 +239,17 @@ def _predicted(data: dict[str, Any]) -> str:
         cells = [forward["model"], forward["batch"], forward["dtype"], forward["launches"]]
         rows.append([*cells, f"{forward['milliseconds']:.3f}", f"{forward['share_of_products']:.0%}", told])
     return f"Predicted for an {data['device']['device']}, not measured.\n\n{_table(header, rows)}"
+
+
+def _training(data: dict[str, Any]) -> str:
+    """The scores of training runs, beside what costs nothing."""
+    header = ("command", "minutes", "score", "found", "beside")
+    rows: list[list[object]] = []
+    for run in data["runs"]:
+        cells = [f"`{run['command']}`", f"{run['seconds'] / 60:.1f}"]
+        for name, baselines in run["baselines"].items():
+            told = ", ".join(f"{baseline} {value:.3f}" for baseline, value in baselines.items())
+            rows.append([*cells, name.replace("_", " "), f"{run['scores'][name]:.3f}", told])
+            cells = ["", ""]
+    environment = data["environment"]
+    return f"{environment['threads']} threads of {environment['device']}.\n\n{_table(header, rows)}"

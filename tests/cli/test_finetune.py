@@ -337,6 +337,20 @@ def test_other_refusals(bert, tmp_path):
     assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("package", ["accelerate", "sklearn", "matplotlib"])
+def test_without_the_packages_that_training_takes(tmp_path, package):
+    process = tiny.start(
+        "finetune", "--task", "ner", "--train", tmp_path / "a", "--output", tmp_path / "out",
+        prelude=f"import sys; sys.modules['{package}'] = None",
+    )  # fmt: skip
+    stdout, stderr = process.communicate()
+    assert process.returncode == 2, stderr
+    assert stdout == ""
+    wanted = f"training needs {package}, which isn't installed: `pip install fastbert[train]`"
+    assert stderr.splitlines() == [f"fastbert: {wanted}"]
+
+
 def test_a_checkpoint_of_another_architecture(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2Model"]}')

@@ -88,6 +88,13 @@ def test_answer_scores_are_those_of_squad(predicted, expected):
     assert isinstance(found["f1"], torch.Tensor)
 
 
+def test_words_of_a_text():
+    sentence = ner.split_words("\u4eca\u5929 Hello, w\u00f6rld-2.")
+    assert sentence.words == ["\u4eca", "\u5929", "Hello", ",", "w\u00f6rld", "-", "2", "."]
+    assert [sentence.text[start:end] for start, end in sentence.spans] == sentence.words
+    assert ner.split_words("").words == []
+
+
 def test_the_best_of_several_answers_counts():
     context = "the red kernel of the row"
     question = qa.Question("q", "what", context, (("kernel", 8), ("red kernel", 4)))

@@ -338,7 +338,7 @@ def test_other_refusals(bert, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("package", ["accelerate", "sklearn", "matplotlib"])
+@pytest.mark.parametrize("package", ["accelerate", "matplotlib"])
 def test_without_the_packages_that_training_takes(tmp_path, package):
     process = tiny.start(
         "finetune", "--task", "ner", "--train", tmp_path / "a", "--output", tmp_path / "out",

@@ -151,9 +151,10 @@ def _training_extra() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in ("accelerate", "datasets", "matplotlib", "sklearn"):
+        package = str(error.name).partition(".")[0]
+        if package not in ("accelerate", "datasets", "matplotlib", "sklearn"):
             raise
-        raise Refusal(f"training needs {error.name}, which isn't installed: `pip install fastbert[train]`") from None
+        raise Refusal(f"training needs {package}, which isn't installed: `pip install fastbert[train]`") from None
 
 
 @app.callback()

@@ -56,6 +56,8 @@ def _ratio_or_none(value: float | None) -> float | None:
     return value
 
 
+_INTERRUPTED = 130
+
 _Model = Annotated[
     str | None,
     typer.Option(
@@ -146,7 +148,18 @@ def _print_version(wanted: bool) -> None:
 
 
 @contextmanager
-def _training_extra() -> Iterator[None]:
+def _training() -> Iterator[None]:
+    """Say how a run goes on that the user stops."""
+    try:
+        with _packages():
+            yield
+    except KeyboardInterrupt:
+        typer.echo("stopped; the same command with --resume goes on from the last checkpoint", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
+
+
+@contextmanager
+def _packages() -> Iterator[None]:
     """Say how to get what training needs, where it isn't installed."""
     try:
         yield
@@ -361,7 +374,7 @@ def _pretrain(
 
     Under torchrun or accelerate launch, each process trains on its own part of the corpus.
     """
-    with reported(), _training_extra():
+    with reported(), _training():
         from fastbert.cli import pretrain
         from fastbert.training.run import Settings
 
@@ -461,7 +474,7 @@ def _finetune(
 
     Under torchrun or accelerate launch, each process trains on its own part of the data.
     """
-    with reported(), _training_extra():
+    with reported(), _training():
         from fastbert.cli import finetune
         from fastbert.training.run import Settings
 
@@ -522,7 +535,7 @@ def _predict(
     allow_pickle: _AllowPickle = False,
 ) -> None:
     """Classify texts, find entities in them or answer questions, with a model that was fine-tuned for it."""
-    with reported(), _training_extra():
+    with reported(), _packages():
         from fastbert.cli import predict
 
         predict.main(

@@ -155,7 +155,7 @@ def _tokenizer(
 ) -> PreTrainedTokenizerBase:
     if started is not None:
         return checkpoint.load_tokenizer(started)
-    # Learnt once, by one process: ties between pieces may fall otherwise another time.
+    # Learnt once, by one process, and not again where a run goes on.
     there = settings.resume and (settings.output / "tokenizer.json").is_file()
     if run.is_main_process() and not there:
         sentences = [sentence for document in documents for sentence in document]

@@ -102,7 +102,8 @@ def opened(settings: Settings, about: dict[str, Any]) -> Iterator[Path | None]:
             f"{PartialState().device.type}; torchrun or accelerate launch starts more"
         )
     # Through JSON, so that what is compared is what was written.
-    wanted = json.loads(json.dumps({**about, **_decisive(settings)}, default=str))
+    decisive = {**about, **_decisive(settings), "processes": PartialState().num_processes}
+    wanted = json.loads(json.dumps(decisive, default=str))
     if settings.resume:
         _check_same(output, wanted)
         yield _last_checkpoint(output)

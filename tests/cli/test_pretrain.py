@@ -1,4 +1,4 @@
-"""``fastbert pretrain``: what is learnt, that a killed run resumes to the same end, and what is refused."""
+"""``fastbert pretrain``: what is learnt, that a stopped run resumes to the same end, and what is refused."""
 
 import json
 import random
@@ -162,7 +162,7 @@ def weights(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_killed_run_resumes_to_the_same_end(corpus, tmp_path, accumulation):
+def test_a_stopped_run_resumes_to_the_same_end(corpus, tmp_path, accumulation):
     """Dropout, masks, pairs, order, schedule and log go on as if nothing had been."""
     config = tmp_path / "config.json"
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
@@ -187,9 +187,14 @@ def test_a_killed_run_resumes_to_the_same_end(corpus, tmp_path, accumulation):
         except (OSError, ValueError):
             pass
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    how = signal.SIGKILL if accumulation == 1 else signal.SIGINT
+    process.send_signal(how)
+    _, stderr = process.communicate()
+    if how == signal.SIGKILL:
+        assert process.returncode == -signal.SIGKILL
+    else:
+        assert process.returncode == 130
+        assert "stopped; the same command with --resume goes on from the last checkpoint" in stderr
     assert not (tmp_path / "killed" / "model.safetensors").exists()
     # As if it had been killed while it wrote a checkpoint.
     (tmp_path / "killed" / "checkpoint-39").mkdir()

@@ -113,17 +113,19 @@ class BertForMaskedAutoencoding(Head, BertPreTrainedModel):
             TypeError, ValueError, IndexError: inputs that can't be served; see ``inputs.check``. Also if neither
                 ``labels`` nor ``masked`` is given, or a place has a label and isn't masked.
         """
-        if masked is None:
-            if labels is None:
-                raise ValueError("neither labels nor masked is given; one of them must say which tokens are masked")
+        for name, given in (("labels", labels), ("masked", masked)):
+            if given is not None and given.shape != input_ids.shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(given.shape)}, and input_ids {tuple(input_ids.shape)}; they must match"
+                )
+        if masked is not None:
+            masked = masked.to(device=input_ids.device, dtype=torch.bool)
+            if labels is not None and bool(((labels != IGNORED_LABEL) & ~masked).any()):
+                raise ValueError("labels has a label at a place that masked doesn't mark; its token is in plain sight")
+        elif labels is not None:
             masked = labels != IGNORED_LABEL
-        elif labels is not None and bool(((labels != IGNORED_LABEL) & ~masked).any()):
-            raise ValueError("labels has a label at a place that masked doesn't mark; its token is in plain sight")
-        if masked.shape != input_ids.shape:
-            raise ValueError(
-                f"masked has shape {tuple(masked.shape)}, and input_ids {tuple(input_ids.shape)}; they must match"
-            )
-        masked = masked.to(device=input_ids.device, dtype=torch.bool)
+        else:
+            raise ValueError("neither labels nor masked is given; one of them must say which tokens are masked")
         valid = torch.ones_like(masked) if attention_mask is None else attention_mask.to(masked)
         places: dict[str, Any] = {"token_type_ids": token_type_ids, "position_ids": position_ids}
         seen = self.bert(

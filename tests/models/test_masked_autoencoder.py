@@ -175,6 +175,8 @@ def test_decoder_sizes():
     [
         ({"labels": None}, "neither labels nor masked is given"),
         ({"masked": torch.zeros(5, 37, dtype=torch.bool)}, "a place that masked doesn't mark"),
+        ({"masked": torch.zeros(5, 36, dtype=torch.bool)}, r"masked has shape \(5, 36\), and input_ids"),
+        ({"labels": torch.zeros(5, 36).long()}, r"labels has shape \(5, 36\), and input_ids"),
         ({"labels": None, "masked": torch.ones(5, 36, dtype=torch.bool)}, r"masked has shape \(5, 36\), and input_ids"),
     ],
 )

@@ -122,14 +122,14 @@ def test_sdist_holds_what_a_build_and_the_tests_need(sdist: Path) -> None:
         "fastbert/py.typed",
         "pyproject.toml",
     }
-    for folder in ("benchmarks", "csrc", "fastbert", "tests"):
+    for folder in ("benchmarks", "csrc", "examples", "fastbert", "tests"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".cpp", ".cu", ".cuh", ".h", ".py"):
                 sources.add(str(path.relative_to(ROOT)))
     assert sources <= {str(file) for file in files}
 
     tops = {"CHANGELOG.md", "CMakeLists.txt", "LICENSE", "PKG-INFO", "README.md", "csrc", "fastbert", "pyproject.toml"}
-    assert {file.parts[0] for file in files} <= tops | {"benchmarks", "tests"}
+    assert {file.parts[0] for file in files} <= tops | {"benchmarks", "examples", "tests"}
     assert not [file for file in files if {"figures", "results"} & set(file.parts)]
     assert not [file for file in files if "__pycache__" in file.parts or file.suffix in (".pyc", ".so")]
 

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from fastbert._version import __version__
-from fastbert.cli.errors import Refusal, reported
+from fastbert.cli.errors import INTERRUPTED, Refusal, reported
 from fastbert.cli.options import Device, Dtype, Pooling, Scheduler
 from fastbert.training.kinds import Kind, Objective
 
@@ -55,8 +55,6 @@ def _ratio_or_none(value: float | None) -> float | None:
         raise typer.BadParameter(f"{value} is no part of a whole; it must be more than 0 and less than 1")
     return value
 
-
-_INTERRUPTED = 130
 
 _Model = Annotated[
     str | None,
@@ -155,7 +153,7 @@ def _training() -> Iterator[None]:
             yield
     except KeyboardInterrupt:
         typer.echo("stopped; the same command with --resume goes on from the last checkpoint", err=True)
-        raise typer.Exit(_INTERRUPTED) from None
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @contextmanager

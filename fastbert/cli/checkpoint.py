@@ -196,6 +196,23 @@ def length_limit(
     return requested
 
 
+def json_object(path: Path, name: str) -> dict[str, Any]:
+    """What a JSON file holds that is called ``name`` in a refusal.
+
+    Raises:
+        Refusal: it can't be read, or holds no object.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise Refusal(f"{name} can't be read: {reason(error)}") from None
+    except ValueError as error:
+        raise Refusal(f"{name} is no JSON: {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise Refusal(f"{name} is no JSON object")
+    return found
+
+
 def fingerprint(checkpoint: Checkpoint) -> str:
     """A hash of the files that the results depend on: configuration, tokenizer and weights."""
     weights = (*_PICKLES, _PICKLE_SHARDS) if checkpoint.is_pickle else (*_SAFETENSORS, _SAFETENSORS_SHARDS)
@@ -243,16 +260,9 @@ def _download(name: str, files: Sequence[str]) -> Path:
 
 def _config(name: str, folder: Path) -> transformers.BertConfig:
     path = folder / "config.json"
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        raise Refusal(f"{name} has no config.json, so it is no checkpoint of Hugging Face's format") from None
-    except OSError as error:
-        raise Refusal(f"the config.json of {name} can't be read: {reason(error)}") from None
-    except ValueError as error:
-        raise Refusal(f"the config.json of {name} is no JSON: {first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise Refusal(f"the config.json of {name} is no JSON object")
+    if not path.exists():
+        raise Refusal(f"{name} has no config.json, so it is no checkpoint of Hugging Face's format")
+    found = json_object(path, f"the config.json of {name}")
     architectures = found.get("architectures") or []
     kind = found.get("model_type") or "unnamed"
     # The oldest BERT checkpoints name only their class.

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 import fastbert
 from fastbert.cli import batches, checkpoint, machine, parquet, recipe, texts
-from fastbert.cli.errors import Refusal
+from fastbert.cli.errors import INTERRUPTED, Refusal
 from fastbert.cli.options import Device, Dtype, Pooling
 from fastbert.cli.progress import PartialRows
 
@@ -33,7 +33,6 @@ _WINDOW_BYTES = 4 << 20
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
 # fastbert computes nothing for padding, but the states that it returns are padded.
 _PADDED_PER_VALID = 2
-_INTERRUPTED = 130
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +134,7 @@ def run(options: Options) -> None:
             except KeyboardInterrupt:
                 kept = f"{rows.done} of {scan.lines} rows are kept, and the same command goes on with them"
                 typer.echo(f"stopped: {kept}", err=True)
-                raise typer.Exit(_INTERRUPTED) from None
+                raise typer.Exit(INTERRUPTED) from None
     made = scan.lines - before
     typer.echo(
         f"{options.out}: {scan.lines} rows of {width} float32 numbers, {embedder.pooling} pooling, "

@@ -10,6 +10,8 @@ import typer
 from fastbert.training.errors import DataError
 
 EXIT_CODE = 2
+# What a shell gives for a command that Ctrl-C ended.
+INTERRUPTED = 130
 
 
 class Refusal(Exception):

@@ -84,14 +84,12 @@ def main(options: Options, settings: Settings) -> None:
             train_data,
             eval_data,
             settings,
-            lengths=train_data.lengths,
             collator=batches.Collator(tokenizer.pad_token_id, task.keys),
             checkpoint=resumed,
             compute_metrics=compute_metrics,
-            best=task.best if settings.early_stopping_patience is not None else None,
+            best=task.best,
         )
     if run.is_main_process():
-        named = {name.removeprefix("eval_"): scores[name] for name in run.scored(scores)}
         card.write(
             settings.output,
             title=f"BERT, fine-tuned for {task.title}",
@@ -99,10 +97,10 @@ def main(options: Options, settings: Settings) -> None:
             pipeline_tag=task.pipeline_tag,
             base=options.model,
             settings={**about, **dataclasses.asdict(settings)},
-            scores=named,
+            scores=scores,
             dataset=str(options.eval),
         )
-        told = ", ".join(f"{name} {value:.4f}" for name, value in named.items()) or "not evaluated, for want of --eval"
+        told = ", ".join(f"{name} {value:.4f}" for name, value in scores.items()) or "not evaluated, for want of --eval"
         typer.echo(f"{settings.output}: {told}")
 
 
@@ -115,7 +113,6 @@ def _config(
     else:
         config.id2label = dict(enumerate(labels))
         config.label2id = {label: index for index, label in enumerate(labels)}
-        config.num_labels = len(labels)
     if kind in (Kind.classification, Kind.pairs):
         config.problem_type = "single_label_classification"
     # What `fastbert predict` has to know; others pass over it.

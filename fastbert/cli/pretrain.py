@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,12 @@ import fastbert
 from fastbert.cli import checkpoint, machine
 from fastbert.cli.errors import Refusal, first_line
 from fastbert.cli.options import Device
+from fastbert.models.bert import IGNORED_LABEL
 from fastbert.training import batches, card, corpus, pretraining, run, vocabulary
 from fastbert.training.corpus import Document
 from fastbert.training.errors import DataError
 from fastbert.training.kinds import Objective
-from fastbert.training.masking import IGNORED, Ids, Masking
+from fastbert.training.masking import Ids, Masking
 from fastbert.training.pretraining import Examples
 from fastbert.training.run import Settings
 
@@ -113,7 +113,6 @@ def _train(
         train_data,
         eval_data,
         settings,
-        lengths=train_data.lengths,
         collator=batches.Collator(tokenizer.pad_token_id, pretraining.KEYS[options.objective]),
         checkpoint=resumed,
         compute_metrics=_scores,
@@ -128,10 +127,10 @@ def _train(
             pipeline_tag=None if options.objective == Objective.mae else "fill-mask",
             base=started.name if started else None,
             settings={**about, **dataclasses.asdict(settings)},
-            scores={name.removeprefix("eval_"): scores[name] for name in run.scored(scores)},
+            scores=scores,
             dataset=f"{options.eval_fraction:.0%} of the corpus's documents, held out",
         )
-        typer.echo(f"{settings.output}: " + ", ".join(f"{name} {scores[name]:.4f}" for name in run.scored(scores)))
+        typer.echo(f"{settings.output}: " + ", ".join(f"{name} {value:.4f}" for name, value in scores.items()))
 
 
 def _split(documents: Sequence[Document], fraction: float, seed: int) -> tuple[list[Document], list[Document]]:
@@ -191,14 +190,7 @@ def _model(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((path / "config.json" if path.is_dir() else path).read_text("utf-8"))
-    except OSError as error:
-        raise Refusal(f"--config {path} can't be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise Refusal(f"--config {path} is no JSON: {first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise Refusal(f"--config {path} is no JSON object; it must hold a BERT's configuration")
+    found = checkpoint.json_object(path / "config.json" if path.is_dir() else path, f"--config {path}")
     if found.get("model_type", "bert") != "bert":
         raise Refusal(f"--config {path} has model_type {found['model_type']}; it must be bert")
     return {name: value for name, value in found.items() if name not in ("model_type", "architectures")}
@@ -208,7 +200,7 @@ def _predicted(logits: Any, labels: Any) -> tuple[Tensor, ...]:
     """``[B, S]``: the likeliest token at each place with a label, and the loss there; ``[B]``: next or random."""
     tokens, *next_sentence = logits if isinstance(logits, tuple) else (logits,)
     wanted = labels[0] if isinstance(labels, tuple) else labels
-    labelled = wanted != IGNORED
+    labelled = wanted != IGNORED_LABEL
     predicted = wanted.masked_scatter(labelled, tokens.argmax(-1))
     losses = F.cross_entropy(tokens.float(), wanted[labelled], reduction="none")
     losses = losses.new_zeros(wanted.shape).masked_scatter(labelled, losses)
@@ -220,7 +212,7 @@ def _scores(prediction: EvalPrediction) -> dict[str, float]:
     predictions: Any = prediction.predictions
     predicted, losses, *next_sentence = predictions
     wanted, *is_random = labels if isinstance(labels, tuple) else (labels,)
-    labelled = wanted != IGNORED
+    labelled = wanted != IGNORED_LABEL
     tokens: Ids = wanted[labelled]
     scores = {
         "masked_loss": float(losses[labelled].mean()),

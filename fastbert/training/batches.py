@@ -13,9 +13,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-_PADDING = {"labels": -100, "attention_mask": 0, "token_type_ids": 0}
+from fastbert.models.bert import IGNORED_LABEL
+
+_PADDING = {"labels": IGNORED_LABEL, "token_type_ids": 0}
 
 
 class Batches(Sampler[list[int]]):
@@ -102,12 +104,22 @@ class Batches(Sampler[list[int]]):
         yield from np.split(order, cuts)[self.process :: self.processes]
 
 
+class Keyed(Dataset[dict[str, Any]]):
+    """Examples by key; ``lengths`` holds the tokens of each."""
+
+    lengths: list[int]
+
+
 class EpochLoader(DataLoader[Any]):
     """A ``DataLoader`` over :class:`Batches` that passes the epoch on to them."""
 
+    def __init__(self, dataset: Keyed, batches: Batches, **kwargs: Any) -> None:
+        super().__init__(dataset, batch_sampler=batches, **kwargs)
+        self._batches = batches
+
     def set_epoch(self, epoch: int) -> None:
         """Shuffle for this epoch from the next iteration on."""
-        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+        self._batches.set_epoch(epoch)
 
 
 class Collator:

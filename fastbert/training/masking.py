@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-IGNORED = -100
+from fastbert.models.bert import IGNORED_LABEL
+
 # Of the tokens that are chosen: replaced by [MASK]; replaced by a random token; the rest stay as they are.
 _MASKED, _RANDOM = 0.8, 0.1
 
 Ids = npt.NDArray[np.int64]
 
 
-@dataclasses.dataclass(frozen=True)
 class Masking:
     """Devlin et al., "BERT", arXiv:1810.04805, section 3.1, task 1.
 
@@ -25,23 +23,16 @@ class Masking:
         whole_word: choose words with all of their pieces, until the number is reached or the next would exceed it.
     """
 
-    tokenizer: PreTrainedTokenizerBase
-    probability: float = 0.15
-    whole_word: bool = False
-
-    def __post_init__(self) -> None:
-        vocabulary = self.tokenizer.get_vocab()
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, probability: float = 0.15, whole_word: bool = False) -> None:
+        self.tokenizer = tokenizer
+        self.probability = probability
+        self.whole_word = whole_word
+        vocabulary = tokenizer.get_vocab()
         size = max(vocabulary.values()) + 1
-        special, goes_on = np.zeros(size, bool), np.zeros(size, bool)
-        special[self.tokenizer.all_special_ids] = True
-        goes_on[[index for piece, index in vocabulary.items() if piece.startswith("##")]] = True
-        object.__setattr__(self, "_special", special)
-        object.__setattr__(self, "_goes_on", goes_on)
-        object.__setattr__(self, "_ordinary", np.flatnonzero(~special))
-
-    _special: npt.NDArray[np.bool_] = dataclasses.field(init=False, repr=False)
-    _goes_on: npt.NDArray[np.bool_] = dataclasses.field(init=False, repr=False)
-    _ordinary: npt.NDArray[np.int64] = dataclasses.field(init=False, repr=False)
+        self._special, self._goes_on = np.zeros(size, bool), np.zeros(size, bool)
+        self._special[tokenizer.all_special_ids] = True
+        self._goes_on[[index for piece, index in vocabulary.items() if piece.startswith("##")]] = True
+        self._ordinary = np.flatnonzero(~self._special)
 
     def choose(self, ids: Ids, generator: np.random.Generator) -> npt.NDArray[np.int64]:
         """The places of ``ids`` ``[S]`` that are chosen, in order."""
@@ -74,6 +65,6 @@ class Masking:
 
 def labels(ids: Ids, chosen: npt.NDArray[np.int64]) -> Ids:
     """The tokens at the chosen places, and -100 elsewhere."""
-    found = np.full_like(ids, IGNORED)
+    found = np.full_like(ids, IGNORED_LABEL)
     found[chosen] = ids[chosen]
     return found

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from fastbert.training.batches import Keyed
 from fastbert.training.corpus import Document
 from fastbert.training.errors import DataError
 from fastbert.training.kinds import Objective
@@ -71,7 +71,7 @@ def chunks(documents: Sequence[Sequence[Ids]], tokens: int, seed: int, at_least:
     return found
 
 
-class Examples(Dataset[dict[str, Any]]):
+class Examples(Keyed):
     """The examples of an objective, by key: ``epoch * len(self) + index``.
 
     Args:

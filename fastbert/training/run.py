@@ -25,7 +25,7 @@ from transformers import (
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
-from fastbert.training.batches import Batches, Collator
+from fastbert.training.batches import Batches, Collator, Keyed
 from fastbert.training.errors import DataError
 from fastbert.training.trainer import LOG, PLOT, Journal, Trainer, is_curve
 
@@ -69,11 +69,6 @@ class Settings:
     use_cpu: bool = False
     resume: bool = False
     overwrite: bool = False
-
-
-def scored(scores: dict[str, float]) -> list[str]:
-    """The names of what tells how good a model is, without those that tell how long it took."""
-    return [name for name in scores if is_curve(name, scores[name])]
 
 
 @contextlib.contextmanager
@@ -131,11 +126,10 @@ def opened(settings: Settings, about: dict[str, Any]) -> Iterator[Path | None]:
 def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    train_data: Dataset[Any],
+    train_data: Keyed,
     eval_data: Dataset[Any] | None,
     settings: Settings,
     *,
-    lengths: list[int],
     collator: Collator,
     checkpoint: Path | None,
     compute_metrics: Callable[[Any], dict[str, float]] | None = None,
@@ -149,21 +143,22 @@ def train(
         tokenizer: saved beside it.
         train_data, eval_data: examples; of the training data by key, see ``batches``.
         settings: how.
-        lengths: tokens of each training example.
         collator: makes batches of examples.
         checkpoint: where to go on, from ``opened``.
         compute_metrics, preprocess_logits: as Hugging Face's ``Trainer`` takes them.
-        best: the score by which the best of the evaluated models is kept; None keeps the last.
+        best: the score by which early stopping keeps the best of the evaluated models.
 
     Returns:
-        The scores of the model that was saved: "eval_loss" and the others.
+        The scores of the model that was saved: "loss" and the others; none without ``eval_data``.
     """
+    if settings.early_stopping_patience is None:
+        best = None
     arguments = _arguments(settings, best, evaluates=eval_data is not None)
 
     def batches(processes: int, process: int) -> Batches:
         try:
             return Batches(
-                lengths,
+                train_data.lengths,
                 settings.seed,
                 batch_size=settings.batch_size,
                 tokens_per_batch=settings.tokens_per_batch,
@@ -178,9 +173,9 @@ def train(
     trainer = Trainer(
         model=model,
         args=arguments,
+        data=train_data,
         batches=batches,
         data_collator=collator,
-        train_dataset=train_data,
         eval_dataset=eval_data,
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
@@ -202,7 +197,9 @@ def train(
         return {}
     step = trainer.state.global_step if best is None else trainer.state.best_global_step
     logged = (e for e in reversed(trainer.state.log_history) if e["step"] == step and "eval_loss" in e)
-    return next(logged, None) or trainer.evaluate()
+    scores = next(logged, None) or trainer.evaluate()
+    # Without what tells how long it took.
+    return {name.removeprefix("eval_"): value for name, value in scores.items() if is_curve(name, value)}
 
 
 def join_processes(use_cpu: bool) -> None:
@@ -298,6 +295,7 @@ def _arguments(settings: Settings, best: str | None, evaluates: bool) -> Trainin
         include_num_input_tokens_seen="non_padding",
         ddp_find_unused_parameters=False,
         remove_unused_columns=False,
+        # Its annotation is the one of a time when it was a string.
         fsdp=settings.fsdp or None,  # type: ignore[arg-type]
         fsdp_config=_FSDP if settings.fsdp else None,
         report_to="none",

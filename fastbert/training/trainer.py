@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastbert.models.bert import IGNORED_LABEL
-from fastbert.training.batches import Batches, EpochLoader
+from fastbert.training.batches import Batches, EpochLoader, Keyed
 
 LOG = "log.json"
 PLOT = "training.png"
@@ -32,23 +32,24 @@ class Trainer(transformers.Trainer):
     each. Their losses are weighted by those numbers, so the gradient is that of one large batch.
 
     Args:
-        batches: makes the sampler of the training data of (processes, process).
+        data: what is trained on.
+        batches: makes the sampler of that, of (processes, process).
         **kwargs: those of Hugging Face.
     """
 
     loss_is_scaled_for_ga = True
 
-    def __init__(self, *args: Any, batches: Callable[[int, int], Batches], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, data: Keyed, batches: Callable[[int, int], Batches], **kwargs: Any) -> None:
+        super().__init__(train_dataset=data, **kwargs)
+        self._data = data
         self._batches = batches
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The training batches of this process, by the epoch's keys."""
-        sampler = self._batches(self.args.world_size, self.args.process_index)
         # A generator of its own: making an iterator must not draw from the one that dropout draws from.
         return EpochLoader(
-            self.train_dataset,  # type: ignore[arg-type]
-            batch_sampler=sampler,
+            self._data,
+            self._batches(self.args.world_size, self.args.process_index),
             collate_fn=self.data_collator,
             num_workers=self.args.dataloader_num_workers,
             generator=torch.Generator(),
@@ -60,7 +61,7 @@ class Trainer(transformers.Trainer):
     ) -> tuple[list[Any], Tensor]:
         """The batches of a step, and the number of labels of each kind in all of them on all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = sum((self._counts(batch) for batch in batches), torch.zeros(len(self.label_names))).to(device)
+        counts = torch.stack([self._counts(batch) for batch in batches]).sum(0).to(device)
         return batches, self.accelerator.reduce(counts)
 
     def compute_loss(
@@ -75,8 +76,7 @@ class Trainer(transformers.Trainer):
         loss = outputs.loss
         if model.training and num_items_in_batch is not None:
             # Processes average their gradients, so each one's part is taken that many times.
-            counts = self._counts(inputs).to(loss.device)
-            parts = self.accelerator.num_processes * counts / num_items_in_batch
+            parts = self.accelerator.num_processes * self._counts(inputs) / num_items_in_batch
             if "next_sentence_label" in inputs:
                 next_sentence = F.cross_entropy(
                     outputs.seq_relationship_logits.float(), inputs["next_sentence_label"].flatten()
@@ -88,7 +88,8 @@ class Trainer(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _counts(self, batch: dict[str, Tensor]) -> Tensor:
-        return torch.tensor([float((batch[name] != IGNORED_LABEL).sum()) for name in self.label_names])
+        # Stays where the batch is: a number on the host would wait for the device.
+        return torch.stack([(batch[name] != IGNORED_LABEL).sum() for name in self.label_names])
 
 
 class Journal(TrainerCallback):

@@ -55,7 +55,6 @@ def train(model, tokenizer, data, output, objective, **settings):
         data,
         None,
         Settings(output=output, **chosen),
-        lengths=data.lengths,
         collator=batches.Collator(tokenizer.pad_token_id, pretraining.KEYS[objective]),
         checkpoint=None,
     )

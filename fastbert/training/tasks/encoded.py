@@ -7,16 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import BertForSequenceClassification, PreTrainedModel
 
-from fastbert.training.batches import Collator
+from fastbert.training.batches import Collator, Keyed
 
 # Examples of a batch in inference: enough for any processor, and a step of a progress bar.
 _BATCH = 32
 
 
-class Encoded(Dataset[dict[str, Any]]):
+class Encoded(Keyed):
     """Examples as lists of ids and labels; keys of all epochs give the same ones.
 
     Args:
@@ -44,11 +43,9 @@ def label_names(model: PreTrainedModel) -> list[str]:
 def logits(model: PreTrainedModel, encoded: Encoded, collator: Collator) -> Iterator[list[Tensor]]:
     """For each example in order, the rows of the model's outputs (but for a loss) that are its own, on the CPU.
 
-    What an output says of padding is cut off.
+    The model is in evaluation mode. What an output says of padding is cut off.
     """
     by_token = not isinstance(model, BertForSequenceClassification)
-    was_training = model.training
-    model.eval()
     for start in range(0, len(encoded), _BATCH):
         examples = encoded.examples[start : start + _BATCH]
         batch = {name: value.to(model.device) for name, value in collator(examples).items()}
@@ -56,4 +53,3 @@ def logits(model: PreTrainedModel, encoded: Encoded, collator: Collator) -> Iter
         for row, example in enumerate(examples):
             size = len(example["input_ids"])
             yield [x[row, :size] if by_token else x[row] for x in outputs]
-    model.train(was_training)

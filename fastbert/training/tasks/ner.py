@@ -11,10 +11,10 @@ import numpy as np
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 import fastbert
+from fastbert.models.bert import IGNORED_LABEL
 from fastbert.training import files
 from fastbert.training.batches import Collator
 from fastbert.training.errors import DataError
-from fastbert.training.masking import IGNORED
 from fastbert.training.tasks.encoded import Encoded, label_names, logits
 
 _OUTSIDE = "O"
@@ -131,7 +131,7 @@ class NamedEntities:
                     found.append(_sequence(ids, wanted, words, tokenizer))
                     ids, wanted, words = [], [], []
                 ids += of_word
-                wanted += [number[tag], *[IGNORED] * (len(of_word) - 1)]
+                wanted += [number[tag], *[IGNORED_LABEL] * (len(of_word) - 1)]
                 words.append((at, word))
             if words:
                 found.append(_sequence(ids, wanted, words, tokenizer))
@@ -208,7 +208,7 @@ def _sequence(
 ) -> dict[str, Any]:
     return {
         "input_ids": [tokenizer.cls_token_id, *ids, tokenizer.sep_token_id],
-        "labels": [IGNORED, *wanted, IGNORED],
+        "labels": [IGNORED_LABEL, *wanted, IGNORED_LABEL],
         "words": words,
     }
 
@@ -219,7 +219,7 @@ def _tags(
     """Tags of each sentence's words, from the numbers chosen for each sequence's tokens."""
     found = [[_OUTSIDE] * len(example.words) for example in examples]
     for sequence, numbers in zip(encoded.examples, chosen, strict=True):
-        places = [place for place, label in enumerate(sequence["labels"]) if label != IGNORED]
+        places = [place for place, label in enumerate(sequence["labels"]) if label != IGNORED_LABEL]
         for (at, word), place in zip(sequence["words"], places, strict=True):
             found[at][word] = labels[int(numbers[place])]
     return found

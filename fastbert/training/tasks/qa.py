@@ -246,7 +246,8 @@ def _answer_tokens(answers: Sequence[tuple[str, int]], spans: Sequence[tuple[int
     # No token stands for spaces around it.
     first += len(text) - len(text.lstrip())
     past = first + len(text.strip())
-    inside = [i for i, span in enumerate(spans) if span is not None and span[0] < past and span[1] > first]
-    covered = inside and spans[inside[0]][0] <= first and spans[inside[-1]][1] >= past  # type: ignore[index]
+    inside = [(*span, i) for i, span in enumerate(spans) if span is not None and span[0] < past and span[1] > first]
     # At a window's edge a piece of the answer may lie in the next one only.
-    return (inside[0], inside[-1]) if covered else (0, 0)
+    if not inside or inside[0][0] > first or inside[-1][1] < past:
+        return 0, 0
+    return inside[0][2], inside[-1][2]

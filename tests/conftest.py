@@ -41,6 +41,15 @@ def _seeded():
 
 
 @pytest.fixture
+def one_thread():
+    """Tiny models spend their time waking threads; where threads matter, a test sets their number itself."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def poisoned_allocator():
     """torch.empty and its kin return NaN, also inside PyTorch's own kernels."""
     torch.use_deterministic_algorithms(True)

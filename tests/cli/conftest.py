@@ -1,17 +1,12 @@
 """Fixtures of the command-line tests."""
 
 import pytest
-import torch
 from cli import tiny
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small lose by more threads; and a command's --threads is undone."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread):
+    """And a command's --threads is undone."""
 
 
 @pytest.fixture(scope="session")

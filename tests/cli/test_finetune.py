@@ -63,11 +63,6 @@ def tuned(bert, data, tmp_path_factory):
     return of
 
 
-def scores(folder):
-    log = json.loads((folder / "log.json").read_text())
-    return next(entry for entry in reversed(log) if "eval_loss" in entry)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "score"),
@@ -83,7 +78,7 @@ def scores(folder):
 )
 def test_it_learns(tuned, name, score):
     # Guessing gets half of the classes and pairs right, and next to none of the entities and answers.
-    assert scores(tuned(name))[f"eval_{score}"] >= 0.95
+    assert tiny.scores(tuned(name))[f"eval_{score}"] >= 0.95
 
 
 @pytest.mark.slow
@@ -97,7 +92,7 @@ def test_what_is_in_the_folder(tuned):
     losses = [entry["loss"] for entry in log if "loss" in entry]
     assert losses[-1] < losses[0] / 3
     card = (folder / "README.md").read_text()
-    assert f"| accuracy | {scores(folder)['eval_accuracy']:.4f} |" in card
+    assert f"| accuracy | {tiny.scores(folder)['eval_accuracy']:.4f} |" in card
     assert "| learning_rate | 0.003 |" in card
     assert "pipeline_tag: text-classification" in card
 
@@ -114,7 +109,7 @@ def test_plain_transformers_loads_it(tuned, data):
         rows = list(csv.DictReader(file))
     found = [answer["label"] for answer in classify([row["text"] for row in rows])]
     right = sum(label == row["label"] for label, row in zip(found, rows, strict=True))
-    assert right / len(rows) == pytest.approx(scores(folder)["eval_accuracy"])
+    assert right / len(rows) == pytest.approx(tiny.scores(folder)["eval_accuracy"])
 
 
 def predict(folder, texts, out):

@@ -81,15 +81,10 @@ def pretrained(corpus, config, tmp_path_factory):
     return of
 
 
-def scores(folder):
-    log = json.loads((folder / "log.json").read_text())
-    return next(entry for entry in reversed(log) if "eval_loss" in entry)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_it_learns(pretrained, objective):
-    found = scores(pretrained(objective))
+    found = tiny.scores(pretrained(objective))
     card = (pretrained(objective) / "README.md").read_text()
     entropy = float(card.partition("unigram entropy of ")[2].split()[0])
     # Row or sum, a fair coin, is 0.69 nats for one word in six; all else follows from the document.
@@ -141,7 +136,7 @@ def test_from_pretraining_to_a_task(pretrained, tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "and a new pooler" in result.stderr
-    assert scores(tmp_path / "out")["eval_accuracy"] >= 0.95
+    assert tiny.scores(tmp_path / "out")["eval_accuracy"] >= 0.95
 
 
 @pytest.mark.slow
@@ -239,7 +234,7 @@ def test_mixed_precision_checkpointing_and_whole_words(corpus, config, tmp_path)
     more = ("--bf16", "--gradient-checkpointing", "--whole-word", "--cased")
     result = tiny.run(*arguments(corpus, config, tmp_path / "out", steps=20), *more)
     assert result.exit_code == 0, result.output
-    assert scores(tmp_path / "out")["eval_masked_loss"] < 4
+    assert tiny.scores(tmp_path / "out")["eval_masked_loss"] < 4
 
 
 def test_refused(corpus, config, checkpoint, tmp_path):

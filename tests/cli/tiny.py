@@ -101,3 +101,9 @@ def start(*arguments: object, prelude: str = "", **settings: Any) -> subprocess.
     code = f"{prelude}\nfrom fastbert.cli import app\napp()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
+
+
+def scores(folder: Path) -> dict[str, float]:
+    """The log's last evaluation."""
+    log = json.loads((folder / "log.json").read_text("utf-8"))
+    return next(entry for entry in reversed(log) if "eval_loss" in entry)

@@ -31,15 +31,6 @@ AUTO_CLASSES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # The models are tiny: more threads would only wait for one another.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def both(user_code):
     """What ``user_code`` gives with transformers as it is, and with fastbert in it."""
     expected = user_code()

@@ -22,15 +22,9 @@ from fastbert.training.masking import Masking
 from fastbert.training.pretraining import Examples
 from fastbert.training.run import Settings
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HEADS = {Objective.mlm_nsp: "BertForPreTraining", Objective.mlm: "BertForMaskedLM"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ from fastbert.cli.arguments import (
     at_least,
     pick,
 )
-from fastbert.cli.errors import reported
-from fastbert.cli.options import Dtype, Pooling
+from fastbert.cli.errors import Refusal, reported
+from fastbert.cli.options import Dtype, Engine, Pooling
 
 app = typer.Typer(
     name="fastbert",
@@ -93,9 +93,17 @@ def _compare(
 def _embed(
     texts: Annotated[
         Path,
-        typer.Option(help="UTF-8 file with one text per line. A blank line is an empty text: row N is always line N."),
+        typer.Option(
+            help="UTF-8 file with one text per line. A blank line is an empty text: row N is always line N. "
+            'With --engine ray also FILE.parquet with a column "text".'
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Where the embeddings go: FILE.npy or FILE.parquet.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Where the embeddings go: FILE.npy or FILE.parquet; with --engine ray a folder of Parquet files."
+        ),
+    ],
     model: ModelOption = None,
     pooling: Annotated[
         Pooling | None,
@@ -129,6 +137,15 @@ def _embed(
         bool, typer.Option("--restart", help="Begin again where a stopped run left something to go on with.")
     ] = False,
     allow_pickle: AllowPickleOption = False,
+    engine: Annotated[Engine, typer.Option(help="This process, or the machines of a Ray cluster.")] = Engine.local,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            help="With --engine ray: the cluster, as HOST:PORT; all its machines must have the text, the checkpoint "
+            "and the folder at the same paths. Default: RAY_ADDRESS, a cluster on this machine, or one made for it.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Embed a text file of any size in bounded memory: one float32 row for each line, in the file's order.
 
@@ -137,8 +154,20 @@ def _embed(
     given = locals()
     from fastbert.cli import embed
 
+    options = pick(embed.Options, given)
     with reported():
-        embed.run(pick(embed.Options, given))
+        if engine == Engine.local:
+            if address is not None:
+                raise Refusal(f"--address is {address}, and --engine is local; a cluster takes --engine ray")
+            embed.run(options)
+            return
+        try:
+            from fastbert.cli import embed_ray
+        except ModuleNotFoundError as error:
+            if str(error.name).partition(".")[0] != "ray":
+                raise
+            raise Refusal("--engine ray needs ray, which isn't installed: `pip install fastbert[ray]`") from None
+        embed_ray.run(options, address)
 
 
 app.command("pretrain")(training.pretrain)

@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from fastbert.cli.progress import PartialRows
 
 _SUFFIXES = (".npy", ".parquet")
 # Lines that are read, sorted by length and written together: what is in memory, and what a killed run loses.
-_WINDOW_LINES = 4096
+WINDOW_LINES = 4096
 _WINDOW_BYTES = 4 << 20
 # A CPU gains nothing from more than these, and a GPU needs as many to be busy.
 _TOKENS_PER_BATCH = {"cpu": 4096, "cuda": 65536}
@@ -53,23 +53,28 @@ class Options:
     allow_pickle: bool
 
 
+class Choice(NamedTuple):
+    """How the tokens' states become one vector, and the tokens after which a text is cut."""
+
+    pooling: Pooling
+    normalize: bool
+    max_length: int
+
+
 @dataclasses.dataclass
 class Embedder:
     """Texts to embeddings.
 
     Args:
+        choice: pooling, normalization and limit.
         model: a BERT.
         tokenizer: its tokenizer.
-        max_length: tokens after which a text is cut.
-        pooling, normalize: how its tokens' states become one vector.
         tokens_per_batch: tokens, padding not counted, that go through the model together.
     """
 
+    choice: Choice
     model: fastbert.BertModel
     tokenizer: PreTrainedTokenizerBase
-    max_length: int
-    pooling: Pooling
-    normalize: bool
     tokens_per_batch: int
     tokens: int = dataclasses.field(default=0, init=False)
 
@@ -79,7 +84,7 @@ class Embedder:
         Raises:
             Refusal: a batch needs more memory than the GPU has.
         """
-        ids = batches.tokenize(self.tokenizer, sentences, self.max_length)
+        ids = batches.tokenize(self.tokenizer, sentences, self.choice.max_length)
         for members in by_length([len(row) for row in ids], self.tokens_per_batch):
             batch = batches.pad([ids[i] for i in members], self.tokenizer.pad_token_id)
             self.tokens += int(batch.attention_mask.sum())
@@ -93,9 +98,9 @@ class Embedder:
     @torch.inference_mode()
     def _embed(self, batch: batches.Batch) -> npt.NDArray[np.float32]:
         states = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).last_hidden_state
-        mean = self.pooling == Pooling.mean
+        mean = self.choice.pooling == Pooling.mean
         pooled = batches.mean_pool(states, batch.attention_mask) if mean else states[:, 0].float()
-        rows: npt.NDArray[np.float32] = (F.normalize(pooled, dim=1) if self.normalize else pooled).cpu().numpy()
+        rows: npt.NDArray[np.float32] = (F.normalize(pooled, dim=1) if self.choice.normalize else pooled).cpu().numpy()
         return rows
 
 
@@ -112,13 +117,11 @@ def run(options: Options) -> None:
         scan = texts.scan(options.texts, file)
         bert = checkpoint.find(options.model, options.allow_pickle)
         width = bert.config.hidden_size
-        embedder = _embedder(options, bert)
+        embedder = make_embedder(options, bert)
         identity = {
             "text": scan.sha256,
             "model": checkpoint.fingerprint(bert),
-            "pooling": embedder.pooling,
-            "normalize": embedder.normalize,
-            "max_length": embedder.max_length,
+            **embedder.choice._asdict(),
             "dtype": options.dtype,
         }
         with PartialRows(options.out, identity, scan.lines, width, options.restart) as rows:
@@ -137,11 +140,16 @@ def run(options: Options) -> None:
                 raise typer.Exit(INTERRUPTED) from None
     made = scan.lines - before
     typer.echo(
-        f"{options.out}: {scan.lines} rows of {width} float32 numbers, {embedder.pooling} pooling, "
-        f"{'' if embedder.normalize else 'not '}normalized, of {bert.name} in {options.dtype}, "
-        f"texts cut to {embedder.max_length} tokens\n"
+        f"{options.out}: {scan.lines} rows of {width} float32 numbers, {described(embedder.choice)}, "
+        f"of {bert.name} in {options.dtype}\n"
         f"{made} rows in {seconds:.1f} s: {made / seconds:,.0f} texts/s, {embedder.tokens / seconds:,.0f} tokens/s"
     )
+
+
+def described(choice: Choice) -> str:
+    """The choice in words."""
+    normalized = "normalized" if choice.normalize else "not normalized"
+    return f"{choice.pooling} pooling, {normalized}, texts cut to {choice.max_length} tokens"
 
 
 def by_length(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
@@ -174,21 +182,37 @@ def _check_out(options: Options) -> None:
         raise Refusal(f"--out {out} is the text file itself")
 
 
-def _embedder(options: Options, bert: checkpoint.Checkpoint) -> Embedder:
-    device = machine.choose_device(options.device, options.threads)
+def choose(options: Options, bert: checkpoint.Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Choice:
+    """What is asked for, and the checkpoint's own where nothing is.
+
+    Raises:
+        Refusal: the checkpoint asks for something that isn't done here, or the limit is beyond its positions.
+    """
     wanted = recipe.read(bert.folder)
     if options.pooling is None and wanted.unserved:
         raise Refusal(
             f"{bert.name} makes embeddings with {wanted.unserved}, which embed doesn't do; "
             "with --pooling it makes them without"
         )
-    tokenizer = checkpoint.load_tokenizer(bert)
-    return Embedder(
-        model=checkpoint.load_model(bert, fastbert.BertModel, getattr(torch, options.dtype), device),
-        tokenizer=tokenizer,
-        max_length=checkpoint.length_limit(bert, tokenizer, options.max_length, wanted.max_length),
+    return Choice(
         pooling=options.pooling or wanted.pooling or Pooling.mean,
         normalize=bool(wanted.normalize) if options.normalize is None else options.normalize,
+        max_length=checkpoint.length_limit(bert, tokenizer, options.max_length, wanted.max_length),
+    )
+
+
+def make_embedder(options: Options, bert: checkpoint.Checkpoint) -> Embedder:
+    """The checkpoint on the chosen device.
+
+    Raises:
+        Refusal: the device or the checkpoint can't be used; or as :func:`choose`.
+    """
+    device = machine.choose_device(options.device, options.threads)
+    tokenizer = checkpoint.load_tokenizer(bert)
+    return Embedder(
+        choice=choose(options, bert, tokenizer),
+        model=checkpoint.load_model(bert, fastbert.BertModel, getattr(torch, options.dtype), device),
+        tokenizer=tokenizer,
         tokens_per_batch=options.tokens_per_batch or _TOKENS_PER_BATCH[device.type],
     )
 
@@ -204,13 +228,14 @@ def _check_space(out: Path, rows: PartialRows, total: int) -> None:
         )
 
 
-def _windows(lines: Iterable[texts.Line]) -> Iterator[list[texts.Line]]:
+def windows(lines: Iterable[texts.Line]) -> Iterator[list[texts.Line]]:
+    """Lines that are embedded and written together."""
     window: list[texts.Line] = []
     size = 0
     for line in lines:
         window.append(line)
         size += len(line.raw)
-        if len(window) == _WINDOW_LINES or size >= _WINDOW_BYTES:
+        if len(window) == WINDOW_LINES or size >= _WINDOW_BYTES:
             yield window
             window, size = [], 0
     if window:
@@ -221,7 +246,7 @@ def _embed_rest(path: Path, file: BinaryIO, state: texts.State, embedder: Embedd
     """Embed the lines that aren't done yet."""
     file.seek(rows.offset)
     with _progress(state.size, rows.offset) as advance:
-        for window in _windows(texts.lines(path, file, rows.done + 1)):
+        for window in windows(texts.lines(path, file, rows.done + 1)):
             made = np.empty((len(window), rows.width), np.float32)
             for members, embeddings in embedder([line.text for line in window]):
                 made[members] = embeddings

@@ -33,3 +33,10 @@ class Scheduler(StrEnum):
     linear = "linear"
     cosine = "cosine"
     constant = "constant_with_warmup"
+
+
+class Engine(StrEnum):
+    """What embeds a file: this process, or the machines of a Ray cluster."""
+
+    local = "local"
+    ray = "ray"

@@ -30,7 +30,7 @@ WINDOW = 40
 
 @pytest.fixture(autouse=True)
 def _small_windows(monkeypatch):
-    monkeypatch.setattr(embedding, "_WINDOW_LINES", WINDOW)
+    monkeypatch.setattr(embedding, "WINDOW_LINES", WINDOW)
 
 
 @pytest.fixture(scope="session")
@@ -231,7 +231,7 @@ def test_sigkill_in_the_middle(embed, tmp_path, lines):
     prelude = (
         "import time\n"
         "from fastbert.cli import embed\n"
-        f"embed._WINDOW_LINES = {WINDOW}\n"
+        f"embed.WINDOW_LINES = {WINDOW}\n"
         "made = embed.Embedder._embed\n"
         "embed.Embedder._embed = lambda *a: (time.sleep(0.1), made(*a))[1]\n"
     )
@@ -408,7 +408,7 @@ def test_a_disk_that_fills_up(embed, expected, monkeypatch, when, suffix):
     kept = (when - 2) // 2 * WINDOW
     assert f"{kept} of {COUNT} rows are kept" in told
     monkeypatch.undo()
-    monkeypatch.setattr(embedding, "_WINDOW_LINES", WINDOW)
+    monkeypatch.setattr(embedding, "WINDOW_LINES", WINDOW)
     result, out = embed(out=f"out.{suffix}")
     assert result.exit_code == 0
     assert ("going on" in result.stderr) == (kept > 0)

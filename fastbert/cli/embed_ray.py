@@ -1,0 +1,260 @@
+"""``fastbert embed --engine ray``: the same embeddings by the machines of a Ray cluster, as a folder of Parquet files.
+
+The texts are cut into windows, and each window becomes a file of its own, named by its first row and put in place when
+it is whole. So a window that Ray gives out again, because the machine that had it was lost, makes the same file again:
+no row can be missing or there twice. Nor is one made again that a stopped run has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from fastbert.cli import checkpoint, embed, machine, parquet, texts
+from fastbert.cli.embed import Options
+from fastbert.cli.errors import INTERRUPTED, Refusal, first_line
+from fastbert.cli.options import Device
+
+_IDENTITY = "fastbert.json"
+_COLUMN = "text"
+
+
+class Window(NamedTuple):
+    """Rows that are embedded together: the first one, how many, and where they begin in the file.
+
+    That is a byte of a text file, or the number of a row group of a Parquet file.
+    """
+
+    row: int
+    rows: int
+    place: int
+
+
+class Worker:
+    """Embeds windows on one device; an actor of Ray Data holds one.
+
+    Args:
+        options: of the command. The texts, the checkpoint and the output folder have the same paths on all machines.
+        about: kept in each file.
+    """
+
+    def __init__(self, options: Options, about: dict[str, Any]) -> None:
+        self._options = options
+        self._about = about
+        self._embedder = embed.make_embedder(options, checkpoint.find(options.model, options.allow_pickle))
+
+    def __call__(self, batch: dict[str, npt.NDArray[np.int64]]) -> dict[str, list[Any]]:
+        """Write the file of each window of a batch; gives their numbers of rows, and why the last has none."""
+        told = ""
+        for numbers in zip(*(batch[name] for name in Window._fields), strict=True):
+            window = Window(*map(int, numbers))
+            path = part(self._options.out, window)
+            try:
+                if not path.exists():
+                    self._write(path, window)
+            except Refusal as refusal:
+                # Ray hands on no exception as it is.
+                told = str(refusal)
+        return {"rows": batch["rows"].tolist(), "refusal": [told] * len(batch["rows"])}
+
+    def _write(self, path: Path, window: Window) -> None:
+        partial = path.with_name(_partial(uuid.uuid4().hex))
+        width = self._embedder.model.config.hidden_size
+        parquet.write(partial, self._blocks(window, width), width, self._about)
+        os.replace(partial, path)
+
+    def _blocks(self, window: Window, width: int) -> Iterator[npt.NDArray[np.float32]]:
+        for sentences in _read(self._options.texts, window):
+            made = np.empty((len(sentences), width), np.float32)
+            for members, embeddings in self._embedder(sentences):
+                made[members] = embeddings
+            yield made
+            machine.release_memory()
+
+
+def run(options: Options, address: str | None) -> None:
+    """Embed on the cluster at ``address``; None is what ``ray.init`` makes of it.
+
+    Raises:
+        Refusal: a file, the checkpoint or the cluster can't be used.
+        typer.Exit: the user interrupted it.
+    """
+    # A worker has another working folder.
+    options = dataclasses.replace(options, texts=options.texts.absolute(), out=options.out.absolute())
+    bert = checkpoint.find(options.model, options.allow_pickle)
+    if options.model is not None and Path(options.model).is_dir():
+        options = dataclasses.replace(options, model=str(Path(options.model).absolute()))
+    choice = embed.choose(options, bert, checkpoint.load_tokenizer(bert))
+    windows = list(_windows(options.texts))
+    if not windows:
+        raise Refusal(f"--texts {options.texts} is empty; it must hold texts")
+    state = _state(options.texts)
+    identity = {"model": checkpoint.fingerprint(bert), **choice._asdict(), "dtype": options.dtype}
+    _prepare(options, {"text": list(state), **identity})
+    missing = [window for window in windows if not part(options.out, window).exists()]
+    total = sum(window.rows for window in windows)
+    done = total - sum(window.rows for window in missing)
+    if done:
+        typer.echo(f"going on after {done} of {total} rows", err=True)
+    console = Console(stderr=True)
+    try:
+        with _cluster(address), Progress(console=console, disable=not console.is_terminal) as bar:
+            task = bar.add_task("embedding", total=total, completed=done)
+            for rows in _embedded(options, {"checkpoint": bert.name, **identity}, missing):
+                done += rows
+                bar.update(task, completed=done)
+    except KeyboardInterrupt:
+        typer.echo(f"stopped: {done} of {total} rows are kept, and the same command goes on with them", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    if _state(options.texts) != state:
+        raise Refusal(f"--texts {options.texts} was changed while it was read; --restart begins again")
+    for path in options.out.glob(_partial("*")):
+        path.unlink(missing_ok=True)
+    typer.echo(
+        f"{options.out}: {total} rows of {bert.config.hidden_size} float32 numbers in {len(windows)} files, "
+        f"{embed.described(choice)}, of {bert.name} in {options.dtype}"
+    )
+
+
+@contextlib.contextmanager
+def _cluster(address: str | None) -> Iterator[None]:
+    """Connect, unless this process is connected."""
+    ours = not ray.is_initialized()
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
+    except (ConnectionError, ValueError) as error:
+        raise Refusal(f"--address {address} can't be used: {first_line(error)}") from None
+    try:
+        yield
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def part(out: Path, window: Window) -> Path:
+    """The file of a window."""
+    return out / f"{window.row:012}.parquet"
+
+
+def _partial(writer: str) -> str:
+    """The name of a file that is being written; its writer's, since a worker that is thought lost may write on."""
+    return f".{writer}.partial"
+
+
+def _embedded(options: Options, about: dict[str, Any], windows: list[Window]) -> Iterator[int]:
+    """Numbers of rows that are done, as they are."""
+    if not windows:
+        return
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = [int(node["CPU"]) for node in nodes if node.get("CPU")]
+    gpus = 0 if options.device == Device.cpu else int(sum(node.get("GPU", 0) for node in nodes))
+    if options.device == Device.cuda and not gpus:
+        raise Refusal("--device is cuda, and no machine of the cluster has a GPU; it may be cpu")
+    if not gpus and not cpus:
+        raise Refusal("no machine of the cluster has a CPU or a GPU for Ray's workers")
+    needs: dict[str, Any] = {"num_gpus": 1}
+    if not gpus:
+        # The whole of a machine to each, so that no two share one.
+        needs = {"num_cpus": min(cpus)}
+        options = dataclasses.replace(options, threads=options.threads or min(cpus))
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    workers = min(gpus or len(cpus), len(windows))
+    data = ray.data.from_items([window._asdict() for window in windows], override_num_blocks=len(windows))
+    made = data.map_batches(
+        Worker,
+        fn_constructor_args=(options, about),
+        batch_size=1,
+        # Down to one, because Ray keeps the windows of a lost worker until it has a place for its successor: that of
+        # another, which has to give it up when there is nothing else to do.
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
+        **needs,
+    )
+    for row in made.iter_rows():
+        if row["refusal"]:
+            raise Refusal(row["refusal"])
+        yield int(row["rows"])
+
+
+def _windows(path: Path) -> Iterator[Window]:
+    row = 0
+    if path.suffix == ".parquet":
+        with _parquet(path) as table:
+            for group in range(table.num_row_groups):
+                count = table.metadata.row_group(group).num_rows
+                if count:
+                    yield Window(row, count, group)
+                row += count
+        return
+    place = 0
+    with texts.open_file(path) as file:
+        for lines in embed.windows(texts.lines(path, file)):
+            yield Window(row, len(lines), place)
+            row += len(lines)
+            place += sum(len(line.raw) for line in lines)
+
+
+def _read(path: Path, window: Window) -> Iterator[list[str]]:
+    """The texts of a window, as many at a time as are embedded together."""
+    if path.suffix == ".parquet":
+        with _parquet(path) as table:
+            for batch in table.iter_batches(embed.WINDOW_LINES, row_groups=[window.place], columns=[_COLUMN]):
+                yield [text or "" for text in batch.column(0).to_pylist()]
+        return
+    with texts.open_file(path) as file:
+        file.seek(window.place)
+        found = texts.lines(path, file, window.row + 1)
+        yield [line.text for line, _ in zip(found, range(window.rows), strict=False)]
+
+
+def _parquet(path: Path) -> pq.ParquetFile:
+    try:
+        table = pq.ParquetFile(path)
+    except (OSError, pa.ArrowInvalid) as error:
+        raise Refusal(f"--texts {path} can't be read: {first_line(error)}") from None
+    names = table.schema_arrow.names
+    if _COLUMN not in names:
+        raise Refusal(f"--texts {path} has the columns {', '.join(names)}; one must be {_COLUMN}")
+    if not pa.types.is_string(kind := table.schema_arrow.field(_COLUMN).type) and not pa.types.is_large_string(kind):
+        raise Refusal(f"--texts {path} has {kind} in its column {_COLUMN}; it must be strings")
+    return table
+
+
+def _state(path: Path) -> texts.State:
+    with path.open("rb") as file:
+        return texts.state(file)
+
+
+def _prepare(options: Options, identity: dict[str, Any]) -> None:
+    """Make the output folder, or make sure that what is in it is of the same run."""
+    out = options.out
+    if out.exists() and not out.is_dir():
+        raise Refusal(f"--out {out} is a file; with --engine ray it must be a folder")
+    noted = out / _IDENTITY
+    if noted.exists():
+        if options.restart:
+            for path in out.glob("*.parquet"):
+                path.unlink()
+        elif json.loads(noted.read_text("utf-8")) != identity:
+            raise Refusal(f"--out {out} has rows of another text, checkpoint or setting; --restart begins again")
+    elif out.exists() and any(out.iterdir()):
+        raise Refusal(f"--out {out} is a folder with other things in it; it must be new or empty")
+    out.mkdir(parents=True, exist_ok=True)
+    noted.write_text(json.dumps(identity) + "\n", "utf-8")

@@ -1,0 +1,227 @@
+"""``fastbert embed --engine ray``: the local engine's rows, each once, also when a machine is lost on the way."""
+
+import json
+import sys
+import threading
+import time
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+from cli import tiny
+from ray.cluster_utils import Cluster
+
+from fastbert.cli import embed as embedding
+
+COUNT = 300
+WINDOW = 5
+
+
+@pytest.fixture(scope="module")
+def lines():
+    return [*tiny.texts(COUNT - 2), "", "the sum"]
+
+
+@pytest.fixture
+def arguments(checkpoint, lines, tmp_path, monkeypatch):
+    """The command's arguments for a text file that makes many windows."""
+    monkeypatch.setattr(embedding, "WINDOW_LINES", WINDOW)
+    path = tiny.write(tmp_path / "texts.txt", lines)
+    given = {
+        "texts": path,
+        "model": checkpoint,
+        "out": tmp_path / "out",
+        "device": "cpu",
+        "threads": 1,
+        "engine": "ray",
+    }
+
+    def make(*options, **changes):
+        named = {**given, **changes}.items()
+        return ["embed", *(word for name, value in named for word in (f"--{name}", value)), *options]
+
+    return make
+
+
+@pytest.fixture
+def expected(arguments, tmp_path):
+    """The local engine's rows."""
+    result = tiny.run(*arguments(out=tmp_path / "local.npy", engine="local"))
+    assert result.exit_code == 0, result.output
+    return np.load(tmp_path / "local.npy")
+
+
+def rows(folder):
+    """The rows of all files by name, and the row that each file's name says it begins with."""
+    files = sorted(folder.glob("*.parquet"))
+    parts = [np.stack(pq.read_table(file).column("embedding").to_numpy()) for file in files]
+    starts = [0, *np.cumsum([len(part) for part in parts])[:-1].tolist()]
+    assert [int(file.stem) for file in files] == starts
+    return np.concatenate(parts)
+
+
+@pytest.fixture
+def slow_cluster(tmp_path):
+    """Two machines whose workers take their time, and note the machine for each batch; gives (cluster, their notes)."""
+
+    def slow(notes=str(tmp_path / "notes")):
+        from fastbert.cli import embed
+
+        forward = embed.Embedder._embed
+
+        def noted(self, batch):
+            time.sleep(0.1)
+            with open(notes, "a") as file:
+                file.write(f"{ray.get_runtime_context().get_node_id()}\n")
+            return forward(self, batch)
+
+        embed.Embedder._embed = noted
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    machines = [cluster.add_node(num_cpus=2) for _ in range(2)]
+    cluster.wait_for_nodes()
+    ray.init(cluster.address, log_to_driver=False, runtime_env={"worker_process_setup_hook": slow})
+    yield cluster, machines, tmp_path / "notes"
+    ray.shutdown()
+    cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_machine_is_lost_halfway(arguments, slow_cluster, expected, tmp_path):
+    cluster, machines, notes = slow_cluster
+    killed = []
+
+    def kill():
+        while not killed:
+            seen = notes.read_text().split() if notes.exists() else []
+            if all(seen.count(machine.node_id) >= 8 for machine in machines):
+                killed.append(len(list((tmp_path / "out").glob("*.parquet"))))
+                cluster.remove_node(machines[0], allow_graceful=False)
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    result = tiny.run(*arguments(address=cluster.address))
+    assert result.exit_code == 0, result.output
+    killer.join(1)
+    # Both were at work, and there was as much left to do.
+    assert 0 < killed[0] < COUNT / WINDOW - 10
+    np.testing.assert_array_equal(rows(tmp_path / "out"), expected)
+
+
+@pytest.mark.slow
+def test_parquet_in_and_going_on(arguments, expected, lines, tmp_path):
+    table = pa.table({"number": range(COUNT), "text": lines})
+    pq.write_table(table, tmp_path / "texts.parquet", row_group_size=2 * WINDOW + 1)
+    out = tmp_path / "out"
+    given = arguments("--address", "local", texts=tmp_path / "texts.parquet")
+    result = tiny.run(*given)
+    assert result.exit_code == 0, result.output
+    assert f"{COUNT} rows of 32 float32 numbers in 28 files, mean pooling, not normalized" in result.stdout
+    np.testing.assert_allclose(rows(out), expected, atol=1e-6, rtol=0)
+    assert not ray.is_initialized()
+
+    whole = rows(out)
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    lost = sorted(before)[2:4]
+    for path in lost:
+        path.unlink()
+    (out / ".0123.partial").write_bytes(b"of a worker that was killed")
+    result = tiny.run(*given)
+    assert result.exit_code == 0, result.output
+    assert f"going on after {COUNT - 2 * (2 * WINDOW + 1)} of {COUNT} rows" in result.stderr
+    np.testing.assert_array_equal(rows(out), whole)
+    assert {path for path, time in before.items() if path.stat().st_mtime_ns != time} == set(lost)
+    assert sorted(path.name for path in out.iterdir()) == sorted([*(path.name for path in before), "fastbert.json"])
+
+
+@pytest.fixture
+def poor_cluster():
+    """A machine whose worker has too little memory."""
+
+    def poor():
+        from fastbert.cli import embed
+        from fastbert.cli.errors import Refusal
+
+        def refuse(self, batch):
+            raise Refusal("--tokens-per-batch is 4096, too much for this GPU's memory")
+
+        embed.Embedder._embed = refuse
+
+    ray.init(num_cpus=2, log_to_driver=False, runtime_env={"worker_process_setup_hook": poor})
+    yield
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_a_worker_refuses(arguments, poor_cluster, tmp_path):
+    assert "--tokens-per-batch is 4096, too much" in tiny.refusal(*arguments())
+    assert list((tmp_path / "out").glob("*.parquet")) == []
+
+
+def no_column(folder):
+    pq.write_table(pa.table({"sentence": ["a"]}), folder / "no.parquet")
+    return {"texts": folder / "no.parquet"}
+
+
+def no_strings(folder):
+    pq.write_table(pa.table({"text": [1, 2]}), folder / "numbers.parquet")
+    return {"texts": folder / "numbers.parquet"}
+
+
+def no_rows(folder):
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), folder / "none.parquet")
+    return {"texts": folder / "none.parquet"}
+
+
+def no_parquet(folder):
+    return {"texts": tiny.write(folder / "text.parquet", ["the sum"])}
+
+
+def other_things(folder):
+    (folder / "mine").mkdir()
+    tiny.write(folder / "mine" / "a.parquet", ["precious"])
+    return {"out": folder / "mine"}
+
+
+def a_file(folder):
+    return {"out": tiny.write(folder / "a-file", ["precious"])}
+
+
+def another_run(folder):
+    (folder / "other").mkdir()
+    (folder / "other" / "fastbert.json").write_text(json.dumps({"text": [1, 2]}))
+    tiny.write(folder / "other" / "000000000000.parquet", ["precious"])
+    return {"out": folder / "other"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (no_column, "no.parquet has the columns sentence; one must be text"),
+        (no_strings, "numbers.parquet has int64 in its column text; it must be strings"),
+        (no_rows, "none.parquet is empty"),
+        (no_parquet, "text.parquet can't be read: "),
+        (other_things, "mine is a folder with other things in it"),
+        (a_file, "a-file is a file; with --engine ray it must be a folder"),
+        (another_run, "other has rows of another text, checkpoint or setting; --restart begins again"),
+        (lambda folder: {"max-length": 4096}, "--max-length"),
+        (lambda folder: {"device": "cuda"}, "--device is cuda"),
+        (lambda folder: {"engine": "local", "address": "auto"}, "--address is auto, and --engine is local"),
+    ],
+)
+def test_refused(arguments, tmp_path, changes, told):
+    given = changes(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert told in tiny.refusal(*arguments(*(("--restart",) if changes is other_things else ()), **given))
+    assert {path: path.read_bytes() for path in before} == before
+    assert not ray.is_initialized()
+
+
+def test_without_ray(arguments, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "fastbert.cli.embed_ray", raising=False)
+    monkeypatch.delattr("fastbert.cli.embed_ray", raising=False)
+    assert "pip install fastbert[ray]" in tiny.refusal(*arguments())

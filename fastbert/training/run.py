@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import DistributedType, PartialState
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
 from transformers import (
     EarlyStoppingCallback,
@@ -22,6 +23,7 @@ from transformers import (
     PrinterCallback,
     TrainingArguments,
 )
+from transformers.models.bert import modeling_bert as hf
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
@@ -32,7 +34,7 @@ from fastbert.training.trainer import LOG, PLOT, Journal, Trainer, is_curve
 SETTINGS = "fastbert.json"
 _STATE = "trainer_state.json"
 # Version 2, a layer at a time, each process with its own shards in a checkpoint.
-_FSDP = {"version": 2, "transformer_layer_cls_to_wrap": ["BertLayer"], "state_dict_type": "SHARDED_STATE_DICT"}
+_FSDP = {"version": 2, "auto_wrap_policy": "NO_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}
 # They say how a run goes on, not what it computes.
 _OF_THE_CALL = ("output", "resume", "overwrite")
 
@@ -170,6 +172,8 @@ def train(
 
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    if settings.fsdp:
+        _shard(model)
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -200,6 +204,19 @@ def train(
     scores = next(logged, None) or trainer.evaluate()
     # Without what tells how long it took.
     return {name.removeprefix("eval_"): value for name, value in scores.items() if is_curve(name, value)}
+
+
+def _shard(model: PreTrainedModel) -> None:
+    """Shard the model over all processes, in place: each layer by itself, all the rest together.
+
+    accelerate would do it, but puts the embeddings and the head's product, which share their weight, in a group of
+    their own, and the head's bias, which two modules share as well, in that group and in the rest.
+    """
+    model.to(PartialState().device)
+    for module in model.modules():
+        if isinstance(module, hf.BertLayer):
+            fully_shard(module)
+    fully_shard(model)
 
 
 def join_processes(use_cpu: bool) -> None:

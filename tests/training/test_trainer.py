@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -108,8 +109,25 @@ def test_accumulation_makes_the_same_steps(tokenizer, tmp_path, objective):
         torch.testing.assert_close(other_weights, weights, rtol=0, atol=2e-4)
 
 
-def launch(processes, *arguments):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, "-m", "fastbert"]
+# accelerate shards on accelerators only, and these processes have none: it is told otherwise.
+SHARDING_ON_CPUS = """
+from accelerate import DistributedType, PartialState
+from fastbert.cli import app
+
+initialize = PartialState.__init__
+
+def patched(self, *args, **kwargs):
+    initialize(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+PartialState.__init__ = patched
+app()
+"""
+
+
+def launch(processes, *arguments, program=("-m", "fastbert")):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, *program]
     done = subprocess.run([str(x) for x in (*command, *arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
@@ -118,6 +136,10 @@ def launch(processes, *arguments):
 def losses_of(output):
     log = json.loads((output / "log.json").read_text())
     return torch.tensor([entry["loss"] for entry in log if "loss" in entry], dtype=torch.float64)
+
+
+def weights_of(output):
+    return fastbert.BertForPreTraining.from_pretrained(output).state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -143,20 +165,28 @@ def launched(tmp_path_factory):
         for name, arguments in (("pretrain", (*pretrain, *tokens)), ("ner", (*ner, "--batch-size", 16 // processes))):
             output = folder / f"{name}-{processes}"
             found[name, processes] = output, launch(processes, *arguments, "--output", output)
+    sharded = folder / "sharded"
+    (folder / "sharding.py").write_text(SHARDING_ON_CPUS)
+    both = (*pretrain, "--tokens-per-batch", 512, "--save-steps", 6)
+    sharding = (*both, "--output", sharded, "--fsdp")
+    program = (folder / "sharding.py",)
+    found["sharded", 2] = sharded, launch(2, *sharding, program=program)
     # Two processes go on where two were stopped.
-    resumed = folder / "pretrain-2"
-    for path in (resumed / "checkpoint-12", resumed / "model.safetensors"):
-        (run.shutil.rmtree if path.is_dir() else type(path).unlink)(path)
-    found["expected"] = losses_of(resumed)
-    arguments = (*pretrain, "--tokens-per-batch", 512, "--save-steps", 6, "--output", resumed, "--resume")
-    found["resumed"] = resumed, launch(2, *arguments)
+    for output, call in (
+        (folder / "pretrain-2", lambda output: launch(2, *both, "--output", output, "--resume")),
+        (sharded, lambda output: launch(2, *sharding, "--resume", program=program)),
+    ):
+        found["before", output] = losses_of(output), weights_of(output)
+        shutil.rmtree(output / "checkpoint-12")
+        (output / "model.safetensors").unlink()
+        call(output)
     return found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pretrain", "ner"])
-def test_two_processes_train_as_one(launched, name):
-    alone, together = (launched[name, processes][0] for processes in (1, 2))
+@pytest.mark.parametrize(("name", "other"), [("pretrain", "pretrain"), ("pretrain", "sharded"), ("ner", "ner")])
+def test_two_processes_train_as_one(launched, name, other):
+    alone, together = launched[name, 1][0], launched[other, 2][0]
     expected = losses_of(alone)
     assert len(expected) > 10
     torch.testing.assert_close(losses_of(together), expected, rtol=1e-5, atol=0)
@@ -167,7 +197,7 @@ def test_two_processes_train_as_one(launched, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pretrain", "ner"])
+@pytest.mark.parametrize("name", ["pretrain", "sharded", "ner"])
 def test_one_process_tells_and_writes(launched, name):
     output, done = launched[name, 2]
     assert len(re.findall(r"^step 1 of ", done.stderr, re.MULTILINE)) == 1
@@ -176,8 +206,22 @@ def test_one_process_tells_and_writes(launched, name):
 
 
 @pytest.mark.slow
-def test_two_processes_resume(launched):
-    torch.testing.assert_close(losses_of(launched["resumed"][0]), launched["expected"], rtol=0, atol=0)
+def test_each_process_saves_its_shards(launched):
+    for saved in ("pytorch_model_fsdp_0", "optimizer_0"):
+        shards = sorted((launched["sharded", 2][0] / "checkpoint-6" / saved).glob("*.distcp"))
+        assert [path.name for path in shards] == ["__0_0.distcp", "__1_0.distcp"]
+        sizes = [path.stat().st_size for path in shards]
+        assert min(sizes) > 0.8 * max(sizes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["pretrain", "sharded"])
+def test_two_processes_resume(launched, name):
+    output = launched[name, 2][0]
+    losses, weights = launched["before", output]
+    torch.testing.assert_close(losses_of(output), losses, rtol=0, atol=0)
+    for path, value in weights_of(output).items():
+        torch.testing.assert_close(value, weights[path], rtol=0, atol=0, msg=path)
 
 
 def test_too_few_examples(tokenizer):

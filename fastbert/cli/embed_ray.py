@@ -29,7 +29,7 @@ from rich.progress import Progress
 
 from fastbert.cli import checkpoint, embed, machine, parquet, texts
 from fastbert.cli.embed import Options
-from fastbert.cli.errors import INTERRUPTED, Refusal, first_line
+from fastbert.cli.errors import INTERRUPTED, Refusal, first_line, reason
 from fastbert.cli.options import Device
 
 _IDENTITY = "fastbert.json"
@@ -65,13 +65,15 @@ class Worker:
         told = ""
         for numbers in zip(*(batch[name] for name in Window._fields), strict=True):
             window = Window(*map(int, numbers))
-            path = part(self._options.out, window)
+            path = _part(self._options.out, window)
             try:
                 if not path.exists():
                     self._write(path, window)
+            # Ray hands on no exception as it is.
             except Refusal as refusal:
-                # Ray hands on no exception as it is.
                 told = str(refusal)
+            except OSError as error:
+                told = f"--out {self._options.out} can't be written: {reason(error)}"
         return {"rows": batch["rows"].tolist(), "refusal": [told] * len(batch["rows"])}
 
     def _write(self, path: Path, window: Window) -> None:
@@ -108,7 +110,7 @@ def run(options: Options, address: str | None) -> None:
     state = _state(options.texts)
     identity = {"model": checkpoint.fingerprint(bert), **choice._asdict(), "dtype": options.dtype}
     _prepare(options, {"text": list(state), **identity})
-    missing = [window for window in windows if not part(options.out, window).exists()]
+    missing = [window for window in windows if not _part(options.out, window).exists()]
     total = sum(window.rows for window in windows)
     done = total - sum(window.rows for window in missing)
     if done:
@@ -125,6 +127,12 @@ def run(options: Options, address: str | None) -> None:
         raise typer.Exit(INTERRUPTED) from None
     if _state(options.texts) != state:
         raise Refusal(f"--texts {options.texts} was changed while it was read; --restart begins again")
+    lost = sum(not _part(options.out, window).exists() for window in windows)
+    if lost:
+        raise Refusal(
+            f"--out {options.out} lacks {lost} of {len(windows)} files that the workers wrote; it must be the same "
+            "folder on all machines"
+        )
     for path in options.out.glob(_partial("*")):
         path.unlink(missing_ok=True)
     typer.echo(
@@ -148,7 +156,7 @@ def _cluster(address: str | None) -> Iterator[None]:
             ray.shutdown()
 
 
-def part(out: Path, window: Window) -> Path:
+def _part(out: Path, window: Window) -> Path:
     """The file of a window."""
     return out / f"{window.row:012}.parquet"
 

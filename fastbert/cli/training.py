@@ -116,7 +116,7 @@ def pretrain(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="config.json of the new BERT. Default: 4 layers of 256 features (11 million parameters).",
+            help="config.json of the new BERT. Default: 2 layers of 128 features.",
             show_default=False,
         ),
     ] = None,

@@ -1,5 +1,6 @@
 """``fastbert embed --engine ray``: the local engine's rows, each once, also when a machine is lost on the way."""
 
+import contextlib
 import json
 import sys
 import threading
@@ -14,6 +15,7 @@ from cli import tiny
 from ray.cluster_utils import Cluster
 
 from fastbert.cli import embed as embedding
+from fastbert.cli import embed_ray
 
 COUNT = 300
 WINDOW = 5
@@ -218,6 +220,13 @@ def test_refused(arguments, tmp_path, changes, told):
     assert told in tiny.refusal(*arguments(*(("--restart",) if changes is other_things else ()), **given))
     assert {path: path.read_bytes() for path in before} == before
     assert not ray.is_initialized()
+
+
+def test_a_folder_that_is_not_shared(arguments, monkeypatch, tmp_path):
+    monkeypatch.setattr(embed_ray, "_cluster", lambda address: contextlib.nullcontext())
+    monkeypatch.setattr(embed_ray, "_embedded", lambda options, about, windows: (window.rows for window in windows))
+    told = tiny.refusal(*arguments())
+    assert f"out lacks {COUNT // WINDOW} of {COUNT // WINDOW} files that the workers wrote; it must be the same" in told
 
 
 def test_without_ray(arguments, monkeypatch):

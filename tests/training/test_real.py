@@ -6,18 +6,21 @@ from benchmarks import training
 
 
 @pytest.mark.slow
-def test_pretraining_from_scratch(tmp_path):
-    found = training.pretrain(tmp_path, 600)
+@pytest.mark.parametrize("objective", ["mlm+nsp", "mae"])
+def test_pretraining_from_scratch(tmp_path, objective):
+    found = training.pretrain(tmp_path, objective, 600)
     scores, baselines = found["scores"], found["baselines"]
-    assert scores["masked_loss"] < baselines["masked_loss"]["unigram entropy"] - 0.2
-    assert scores["masked_accuracy"] > 1.5 * baselines["masked_accuracy"]["most frequent token"]
-    # Of some 350 pairs: two standard deviations above chance.
-    assert scores["next_sentence_accuracy"] > 0.5 + 0.06
+    assert scores["masked_loss"] < min(baselines["masked_loss"].values()) - 0.1
+    # Of some ten thousand tokens: a hundredth is four standard deviations.
+    assert scores["masked_accuracy"] > max(baselines["masked_accuracy"].values()) + 0.02
+    if objective == "mlm+nsp":
+        # Of a thousand pairs and more: above chance by four standard deviations.
+        assert scores["next_sentence_accuracy"] > 0.5 + 0.06
 
 
 @pytest.mark.slow
 def test_package_of_a_docstring(tmp_path):
-    found = training.classify(tmp_path, 3)
-    # After four epochs MiniLM is level with TF-IDF and logistic regression (docs/training.md); after three, near.
+    found = training.classify(tmp_path, 2)
+    # After four epochs MiniLM is level with TF-IDF and logistic regression (docs/training.md); after two, near.
     for score, baselines in found["baselines"].items():
-        assert found["scores"][score] > max(baselines.values()) - 0.06
+        assert found["scores"][score] > max(baselines.values()) - 0.1

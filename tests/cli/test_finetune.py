@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 
 import datasets
 import pytest
@@ -10,6 +11,7 @@ from cli import made, tiny
 from transformers import AutoModelForQuestionAnswering, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import fastbert
+from fastbert.training import vocabulary
 
 FAST = ("--learning-rate", 3e-3, "--batch-size", 16)
 
@@ -127,6 +129,39 @@ def test_predict_classes(tuned, tmp_path):
     for row in found:
         assert sum(row["scores"].values()) == pytest.approx(1, abs=1e-5)
         assert row["scores"][row["label"]] == row["score"] == max(row["scores"].values())
+
+
+@pytest.mark.slow
+def test_chinese(tmp_path):
+    """Words without spaces: the entity after each \u5728 ("in") is a place of two characters."""
+    generator = random.Random(0)
+    places, others = "\u5317\u4eac\u4e0a\u6d77", "\u5929\u6c14\u5f88\u597d\u6211\u4f60\u4ed6\u662f"
+
+    def sentence():
+        place = "".join(generator.choices(places, k=2))
+        before, after = ("".join(generator.choices(others, k=generator.randint(1, 5))) for _ in range(2))
+        return before, place, after
+
+    def lines(count):
+        for before, place, after in (sentence() for _ in range(count)):
+            tags = ["O"] * (len(before) + 1) + ["B-LOC", "I-LOC"] + ["O"] * len(after)
+            yield from (f"{word} {tag}" for word, tag in zip(f"{before}\u5728{place}{after}", tags, strict=True))
+            yield ""
+
+    for name, count in (("train", 300), ("eval", 40)):
+        tiny.write(tmp_path / f"{name}.conll", list(lines(count)))
+    tokenizer = vocabulary.learn([places + others + "\u5728"], 101, 48)
+    bert = tiny.checkpoint(tmp_path / "bert", initializer_range=0.05, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(bert)
+    given = ("--eval", tmp_path / "eval.conll", "--epochs", 10)
+    result = finetune(bert, tmp_path / "out", "ner", tmp_path / "train.conll", *given)
+    assert result.exit_code == 0, result.output
+    assert tiny.scores(tmp_path / "out")["eval_f1"] >= 0.95
+    before, place, after = sentence()
+    texts = tiny.write(tmp_path / "texts.txt", [f"{before}\u5728{place}{after}"])
+    [found] = predict(tmp_path / "out", texts, tmp_path / "out.json")
+    [entity] = found["entities"]
+    assert (entity["text"], entity["start"], entity["end"]) == (place, len(before) + 1, len(before) + 3)
 
 
 @pytest.mark.slow

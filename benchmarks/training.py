@@ -107,8 +107,8 @@ def _run(arguments: list[Any], folder: Path) -> dict[str, Any]:
 
 
 RUNS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "pretraining from scratch": lambda folder: pretrain(folder, "mlm+nsp", 1500),
-    "masked autoencoder from scratch": lambda folder: pretrain(folder, "mae", 1500),
+    "pretraining from scratch": lambda folder: pretrain(folder, "mlm+nsp", 900),
+    "masked autoencoder from scratch": lambda folder: pretrain(folder, "mae", 900),
     "package of a docstring": lambda folder: classify(folder, 4),
 }
 

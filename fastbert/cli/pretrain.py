@@ -35,13 +35,15 @@ HEADS: dict[Objective, type[PreTrainedModel]] = {
 }
 # BERT-tiny of Turc et al., "Well-Read Students Learn Better", arXiv:1908.08962: two cores train it in minutes. Its
 # weights begin at 1 / sqrt(hidden_size): from BERT's 0.02 so narrow a model learns how common each token is, and little
-# else for its first thousand steps (docs/training.md).
+# else for its first thousand steps (docs/training.md). So few steps have no use for dropout.
 _SMALL = {
     "hidden_size": 128,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 512,
     "initializer_range": 0.09,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
 }
 _POSITIONS = 512
 

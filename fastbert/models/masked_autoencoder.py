@@ -15,13 +15,27 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertPreTrainedModel
+from transformers import BertConfig, BertPreTrainedModel, initialization
 from transformers.modeling_outputs import MaskedLMOutput
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert.models.bert import IGNORED_LABEL, BertModel, Head
 
 _DECODER_LAYERS = 2
+
+
+class _Decoder(BertModel):
+    """A BERT whose positions begin as sines and cosines, as those of He et al. do.
+
+    At a masked place there is nothing else to tell it from another, and these are far apart from the start.
+    """
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)  # type: ignore[no-untyped-call]  # Hugging Face's has no annotations
+        if isinstance(module, hf.BertEmbeddings):
+            weight = module.position_embeddings.weight
+            initialization.copy_(weight, _sinusoids(*weight.shape))
 
 
 class BertForMaskedAutoencoding(Head, BertPreTrainedModel):
@@ -54,7 +68,7 @@ class BertForMaskedAutoencoding(Head, BertPreTrainedModel):
         self.bert = BertModel(config, add_pooling_layer=False)
         self.to_decoder = nn.Linear(config.hidden_size, hidden)
         # Its table of words has one: the vector that stands for a masked token.
-        self.decoder = BertModel(_decoder_config(config), add_pooling_layer=False)
+        self.decoder = _Decoder(_decoder_config(config), add_pooling_layer=False)
         self.from_decoder = nn.Linear(hidden, config.hidden_size)
         self.predictions = hf.BertLMPredictionHead(config)
         self.post_init()  # type: ignore[no-untyped-call]
@@ -126,6 +140,13 @@ class BertForMaskedAutoencoding(Head, BertPreTrainedModel):
             loss = F.cross_entropy(logits, labels.flatten()[where])
         found = MaskedLMOutput(loss=loss, logits=logits)
         return found if (self.config.return_dict if return_dict is None else return_dict) else found.to_tuple()
+
+
+def _sinusoids(positions: int, features: int) -> Tensor:
+    """``[positions, features]``: sines and cosines of ever lower frequency (Vaswani et al., arXiv:1706.03762, 3.5)."""
+    frequencies = 10000.0 ** (-torch.arange(0, features, 2) / features)
+    angles = torch.arange(positions).unsqueeze(1) * frequencies
+    return torch.stack([angles.sin(), angles.cos()], -1).flatten(1)[:, :features]
 
 
 def _decoder_config(config: BertConfig) -> BertConfig:

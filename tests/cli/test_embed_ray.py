@@ -69,14 +69,19 @@ def slow_cluster(tmp_path):
     """Two machines whose workers take their time, and note the machine for each batch; gives (cluster, their notes)."""
 
     def slow(notes=str(tmp_path / "notes")):
+        from pathlib import Path
+
         from fastbert.cli import embed
 
         forward = embed.Embedder._embed
 
         def noted(self, batch):
-            time.sleep(0.1)
             with open(notes, "a") as file:
                 file.write(f"{ray.get_runtime_context().get_node_id()}\n")
+            # The first to start would be done before the other has.
+            while len(set(Path(notes).read_text().split())) < 2:
+                time.sleep(0.1)
+            time.sleep(0.1)
             return forward(self, batch)
 
         embed.Embedder._embed = noted
@@ -144,6 +149,7 @@ def poor_cluster():
     """A machine whose worker has too little memory."""
 
     def poor():
+
         from fastbert.cli import embed
         from fastbert.cli.errors import Refusal
 
@@ -222,11 +228,38 @@ def test_refused(arguments, tmp_path, changes, told):
     assert not ray.is_initialized()
 
 
-def test_a_folder_that_is_not_shared(arguments, monkeypatch, tmp_path):
+@pytest.fixture
+def without_workers(monkeypatch):
+    """The driver alone; gives what sets what happens in place of the workers."""
     monkeypatch.setattr(embed_ray, "_cluster", lambda address: contextlib.nullcontext())
-    monkeypatch.setattr(embed_ray, "_embedded", lambda options, about, windows: (window.rows for window in windows))
+    return lambda embedded: monkeypatch.setattr(embed_ray, "_embedded", embedded)
+
+
+def test_a_folder_that_is_not_shared(arguments, without_workers):
+    without_workers(lambda options, about, windows: (window.rows for window in windows))
     told = tiny.refusal(*arguments())
     assert f"out lacks {COUNT // WINDOW} of {COUNT // WINDOW} files that the workers wrote; it must be the same" in told
+
+
+def test_a_text_that_changes(arguments, without_workers):
+    def change(options, about, windows):
+        with options.texts.open("a") as file:
+            file.write("another\n")
+        yield from ()
+
+    without_workers(change)
+    assert "texts.txt was changed while it was read; --restart begins again" in tiny.refusal(*arguments())
+
+
+def test_stopped_by_the_user(arguments, without_workers):
+    def stop(options, about, windows):
+        yield WINDOW
+        raise KeyboardInterrupt
+
+    without_workers(stop)
+    result = tiny.run(*arguments())
+    assert result.exit_code == 130
+    assert f"stopped: {WINDOW} of {COUNT} rows are kept, and the same command goes on" in result.stderr
 
 
 def test_without_ray(arguments, monkeypatch):

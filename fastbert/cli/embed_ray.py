@@ -145,6 +145,8 @@ def run(options: Options, address: str | None) -> None:
 def _cluster(address: str | None) -> Iterator[None]:
     """Connect, unless this process is connected."""
     ours = not ray.is_initialized()
+    # A cluster that is started here reports to nobody, unless it is told to.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
     except (ConnectionError, ValueError) as error:

@@ -164,15 +164,15 @@ def test_a_stopped_run_resumes_to_the_same_end(corpus, tmp_path, accumulation):
     config.write_text(json.dumps({**SMALL, **dropout, "max_position_embeddings": 64}))
     more = {"save-steps": 7, "eval-steps": 10, "logging-steps": 1, "gradient-accumulation-steps": accumulation}
     killed = arguments(corpus, config, tmp_path / "killed", **more)
-    # Slowed down, so that it is killed in between.
+    wanted = random.Random(accumulation).randint(8, 34)
+    # Slow from there on, so that it is killed before its end however late this process sees it.
     prelude = (
         "import torch, time; torch.set_num_threads(1)\n"
-        "from transformers import TrainerCallback\n"
         "import fastbert.training.trainer as t\n"
-        "t.Journal.on_step_end = lambda *a, **k: time.sleep(0.05)\n"
+        "t.Journal.on_step_end = lambda self, args, state, control, **more: "
+        f"time.sleep(2 * (state.global_step >= {wanted}))\n"
     )
     process = tiny.start(*killed, prelude=prelude)
-    wanted = random.Random(accumulation).randint(8, 34)
     log = tmp_path / "killed" / "log.json"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:

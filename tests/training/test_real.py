@@ -6,7 +6,7 @@ from benchmarks import training
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("objective", "steps"), [("mlm+nsp", 600), ("mae", 700)])
+@pytest.mark.parametrize(("objective", "steps"), [("mlm+nsp", 900), ("mae", 700)])
 def test_pretraining_from_scratch(tmp_path, objective, steps):
     found = training.pretrain(tmp_path, objective, steps)
     scores, baselines = found["scores"], found["baselines"]

@@ -98,7 +98,9 @@ def refusal(*arguments: object) -> str:
 
 def start(*arguments: object, prelude: str = "", **settings: Any) -> subprocess.Popen[str]:
     """The command in a process of its own, which runs the statements ``prelude`` first."""
-    code = f"{prelude}\nfrom fastbert.cli import app\napp()"
+    # A shell's background jobs ignore Ctrl-C, and so would this, started by one.
+    interruptible = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{interruptible}\n{prelude}\nfrom fastbert.cli import app\napp()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
-import json
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ from safetensors import SafetensorError
 from transformers.models.bert import modeling_bert
 from transformers.utils import logging
 
-from fastbert.cli.errors import Refusal, first_line, reason
+from fastbert.cli import json_files
+from fastbert.cli.errors import Refusal, first_line
 
 _Model = TypeVar("_Model", bound=modeling_bert.BertModel)
 _Head = TypeVar("_Head", bound=transformers.PreTrainedModel)
@@ -196,23 +196,6 @@ def length_limit(
     return requested
 
 
-def json_object(path: Path, name: str) -> dict[str, Any]:
-    """What a JSON file holds that is called ``name`` in a refusal.
-
-    Raises:
-        Refusal: it can't be read, or holds no object.
-    """
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise Refusal(f"{name} can't be read: {reason(error)}") from None
-    except ValueError as error:
-        raise Refusal(f"{name} is no JSON: {first_line(error)}") from None
-    if not isinstance(found, dict):
-        raise Refusal(f"{name} is no JSON object")
-    return found
-
-
 def fingerprint(checkpoint: Checkpoint) -> str:
     """A hash of the files that the results depend on: configuration, tokenizer and weights."""
     weights = (*_PICKLES, _PICKLE_SHARDS) if checkpoint.is_pickle else (*_SAFETENSORS, _SAFETENSORS_SHARDS)
@@ -262,7 +245,7 @@ def _config(name: str, folder: Path) -> transformers.BertConfig:
     path = folder / "config.json"
     if not path.exists():
         raise Refusal(f"{name} has no config.json, so it is no checkpoint of Hugging Face's format")
-    found = json_object(path, f"the config.json of {name}")
+    found = json_files.read_object(path, f"the config.json of {name}")
     architectures = found.get("architectures") or []
     kind = found.get("model_type") or "unnamed"
     # The oldest BERT checkpoints name only their class.

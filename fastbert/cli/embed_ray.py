@@ -104,10 +104,10 @@ def run(options: Options, address: str | None) -> None:
     if options.model is not None and Path(options.model).is_dir():
         options = dataclasses.replace(options, model=str(Path(options.model).absolute()))
     choice = embed.choose(options, bert, checkpoint.load_tokenizer(bert))
+    state = _state(options.texts)
     windows = list(_windows(options.texts))
     if not windows:
         raise Refusal(f"--texts {options.texts} is empty; it must hold texts")
-    state = _state(options.texts)
     identity = {"model": checkpoint.fingerprint(bert), **choice._asdict(), "dtype": options.dtype}
     _prepare(options, {"text": list(state), **identity})
     missing = [window for window in windows if not _part(options.out, window).exists()]
@@ -248,7 +248,7 @@ def _parquet(path: Path) -> pq.ParquetFile:
 
 
 def _state(path: Path) -> texts.State:
-    with path.open("rb") as file:
+    with texts.open_file(path) as file:
         return texts.state(file)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, BertConfig, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 import fastbert
-from fastbert.cli import checkpoint, machine
+from fastbert.cli import checkpoint, json_files, machine
 from fastbert.cli.errors import Refusal, first_line
 from fastbert.cli.options import Device
 from fastbert.models.bert import IGNORED_LABEL
@@ -200,7 +200,7 @@ def _model(
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    found = checkpoint.json_object(path / "config.json" if path.is_dir() else path, f"--config {path}")
+    found = json_files.read_object(path / "config.json" if path.is_dir() else path, f"--config {path}")
     if found.get("model_type", "bert") != "bert":
         raise Refusal(f"--config {path} has model_type {found['model_type']}; it must be bert")
     return {name: value for name, value in found.items() if name not in ("model_type", "architectures")}

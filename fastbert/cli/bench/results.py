@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastbert.cli import json_files
 from fastbert.cli.errors import Refusal, reason
 
 Row = dict[str, Any]
@@ -30,13 +31,8 @@ def read(path: Path) -> dict[str, Any]:
     Raises:
         Refusal: it can't be read, or holds something else.
     """
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise Refusal(f"{path} can't be read: {reason(error)}") from None
-    except ValueError as error:
-        raise Refusal(f"{path} isn't JSON: {error}") from None
-    if not (isinstance(data, dict) and {"name", "environment", "rows"} <= data.keys()):
+    data = json_files.read_object(path, str(path))
+    if not {"name", "environment", "rows"} <= data.keys():
         raise Refusal(f"{path} holds no results of `fastbert bench`")
     return data
 

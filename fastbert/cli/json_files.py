@@ -1,0 +1,26 @@
+"""JSON files that a user names, or that a folder of theirs holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastbert.cli.errors import Refusal, first_line, reason
+
+
+def read_object(path: Path, name: str) -> dict[str, Any]:
+    """What a JSON file holds that is called ``name`` in a refusal.
+
+    Raises:
+        Refusal: it can't be read, or holds no object.
+    """
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise Refusal(f"{name} can't be read: {reason(error)}") from None
+    except ValueError as error:
+        raise Refusal(f"{name} is no JSON: {first_line(error)}") from None
+    if not isinstance(found, dict):
+        raise Refusal(f"{name} is no JSON object")
+    return found

@@ -60,21 +60,20 @@ class Worker:
         self._about = about
         self._embedder = embed.make_embedder(options, checkpoint.find(options.model, options.allow_pickle))
 
-    def __call__(self, batch: dict[str, npt.NDArray[np.int64]]) -> dict[str, list[Any]]:
-        """Write the file of each window of a batch; gives their numbers of rows, and why the last has none."""
-        told = ""
-        for numbers in zip(*(batch[name] for name in Window._fields), strict=True):
-            window = Window(*map(int, numbers))
-            path = _part(self._options.out, window)
-            try:
-                if not path.exists():
-                    self._write(path, window)
-            # Ray hands on no exception as it is.
-            except Refusal as refusal:
-                told = str(refusal)
-            except OSError as error:
-                told = f"--out {self._options.out} can't be written: {reason(error)}"
-        return {"rows": batch["rows"].tolist(), "refusal": [told] * len(batch["rows"])}
+    def __call__(self, row: dict[str, int]) -> dict[str, Any]:
+        """Write the file of a window; gives its number of rows, and why it has none."""
+        window = Window(**row)
+        path = _part(self._options.out, window)
+        refusal = ""
+        try:
+            if not path.exists():
+                self._write(path, window)
+        # Ray hands on no exception as it is.
+        except Refusal as error:
+            refusal = str(error)
+        except OSError as error:
+            refusal = f"--out {self._options.out} can't be written: {reason(error)}"
+        return {"rows": window.rows, "refusal": refusal}
 
     def _write(self, path: Path, window: Window) -> None:
         partial = path.with_name(_partial(uuid.uuid4().hex))
@@ -188,10 +187,10 @@ def _embedded(options: Options, about: dict[str, Any], windows: list[Window]) ->
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     workers = min(gpus or len(cpus), len(windows))
     data = ray.data.from_items([window._asdict() for window in windows], override_num_blocks=len(windows))
-    made = data.map_batches(
-        Worker,
+    made = data.map(
+        # Ray makes actors of a class, which its annotation leaves out.
+        Worker,  # type: ignore[arg-type]
         fn_constructor_args=(options, about),
-        batch_size=1,
         # Down to one, because Ray keeps the windows of a lost worker until it has a place for its successor: that of
         # another, which has to give it up when there is nothing else to do.
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
@@ -200,7 +199,7 @@ def _embedded(options: Options, about: dict[str, Any], windows: list[Window]) ->
     for row in made.iter_rows():
         if row["refusal"]:
             raise Refusal(row["refusal"])
-        yield int(row["rows"])
+        yield row["rows"]
 
 
 def _windows(path: Path) -> Iterator[Window]:

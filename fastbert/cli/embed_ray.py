@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,15 +147,17 @@ def _cluster(address: str | None) -> Iterator[None]:
     ours = not ray.is_initialized()
     # A cluster that is started here reports to nobody, unless it is told to.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
-    except (ConnectionError, ValueError) as error:
-        raise Refusal(f"--address {address} can't be used: {first_line(error)}") from None
-    try:
-        yield
-    finally:
-        if ours:
-            ray.shutdown()
+    # Ray prints a machine's troubles (a full disk, a lost worker) on stdout, where our result goes.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
+        except (ConnectionError, ValueError) as error:
+            raise Refusal(f"--address {address} can't be used: {first_line(error)}") from None
+        try:
+            yield
+        finally:
+            if ours:
+                ray.shutdown()
 
 
 def _part(out: Path, window: Window) -> Path:

@@ -146,14 +146,17 @@ def test_parquet_in_and_going_on(arguments, expected, lines, tmp_path):
 
 @pytest.fixture
 def poor_cluster():
-    """A machine whose worker has too little memory."""
+    """A machine in trouble, which Ray tells the driver, and whose worker has too little memory."""
 
     def poor():
+        from ray._private.utils import publish_error_to_driver
 
         from fastbert.cli import embed
         from fastbert.cli.errors import Refusal
 
         def refuse(self, batch):
+            publish_error_to_driver("machine", "the disk is full", ray._private.worker.global_worker.gcs_client)
+            time.sleep(1)
             raise Refusal("--tokens-per-batch is 4096, too much for this GPU's memory")
 
         embed.Embedder._embed = refuse
@@ -165,7 +168,11 @@ def poor_cluster():
 
 @pytest.mark.slow
 def test_a_worker_refuses(arguments, poor_cluster, tmp_path):
-    assert "--tokens-per-batch is 4096, too much" in tiny.refusal(*arguments())
+    result = tiny.run(*arguments())
+    assert result.exit_code == 2, result.output
+    assert result.stdout == "", result.stdout
+    assert "the disk is full" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("fastbert: --tokens-per-batch is 4096, too much")
     assert list((tmp_path / "out").glob("*.parquet")) == []
 
 

@@ -89,7 +89,7 @@ def refusal(*arguments: object) -> str:
     """The one line on stderr with which the command refuses."""
     result = run(*arguments)
     assert result.exit_code == 2, result.output
-    assert result.stdout == ""
+    assert result.stdout == "", result.stdout
     lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("fastbert: ")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastbert.backends import amx, onednn
+from fastbert.backends import host_linear, onednn
 
 from .memory import memory
 
@@ -252,9 +252,9 @@ def products(weight: Tensor) -> dict[str, Callable[[Tensor], Tensor]]:
     if weight.device.type == "cpu" and onednn.missing(weight.dtype) is None:
         packed = onednn.pack(weight)
         found["oneDNN"] = lambda x: onednn.linear(x, packed, None)
-    if weight.device.type == "cpu" and amx.missing(weight.dtype) is None:
-        tiles = amx.pack(weight)
-        found["AMX"] = lambda x: amx.linear(x, tiles, None)
+    if weight.device.type == "cpu" and host_linear.missing(weight.dtype) is None:
+        own = host_linear.pack(weight)
+        found["fastbert"] = lambda x: host_linear.linear(x, own, None)
     return found
 
 

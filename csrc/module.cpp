@@ -3,21 +3,26 @@
 
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "attention/amx.h"
 #include "attention/dropout.h"
+#include "attention/simd.h"
 #include "bias_dropout_residual/bias_dropout_residual.h"
 #include "bias_dropout_residual_layer_norm/bias_dropout_residual_layer_norm.h"
 #include "common/amx.h"
 #include "common/dropout.h"
 #include "common/dtype.h"
 #include "common/philox_host.h"
-#include "encoder_layer/amx.h"
+#include "common/simd.h"
+#include "encoder_layer/encoder_layer.h"
 #include "linear/amx.h"
+#include "linear/simd.h"
 
 namespace py = pybind11;
 
@@ -242,14 +247,165 @@ py::bytes philox_draws(int64_t seed, int64_t start, int64_t count) {
   return {reinterpret_cast<const char*>(draws.data() + skip), static_cast<size_t>(count) * sizeof(uint16_t)};
 }
 
-void check_linear(int64_t features, int64_t depth) {
-  if (const char* reason = amx_missing()) throw std::runtime_error(reason);
-  for (const int64_t size : {features, depth}) {
-    if (size < 1 || size % linear::kMultiple != 0) {
+// What the host kernels of attention and linear layers are made of: bfloat16 on AMX, float32 on the others.
+constexpr int kAmx = 5;
+
+// Calls function(T{}) with the type that the kernels for these instructions compute in.
+template <typename Function>
+auto with_instructions(int instructions, Function&& function) {
+  if (instructions == kAmx) {
+    if (const char* reason = amx_missing()) throw std::runtime_error(reason);
+    return function(uint16_t{});
+  }
+  if (instructions != static_cast<int>(Simd::kV3) && instructions != static_cast<int>(Simd::kV4)) {
+    throw std::invalid_argument("instructions is " + std::to_string(instructions) + "; it may be AVX2, AVX512 or AMX");
+  }
+  if (instructions > simd_level()) throw std::runtime_error("this build or this processor lacks these instructions");
+  return function(float{});
+}
+
+void check_sizes(std::initializer_list<int64_t> sizes, int64_t multiple) {
+  for (const int64_t size : sizes) {
+    if (size < 1 || size % multiple != 0) {
       throw std::invalid_argument("a size is " + std::to_string(size) + "; it must be a multiple of " +
-                                  std::to_string(linear::kMultiple));
+                                  std::to_string(multiple));
     }
   }
+}
+
+void check_aligned(const char* name, std::uintptr_t address) {
+  check_address(name, address);
+  if (address % 64 != 0) throw std::invalid_argument(std::string(name) + " is at an address that is no multiple of 64");
+}
+
+linear::Post post_of(int post, linear::Post last = linear::Post::kAdd) {
+  if (post < 0 || post > static_cast<int>(last)) {
+    throw std::invalid_argument("post is " + std::to_string(post) + "; it may be one of POST_*");
+  }
+  return static_cast<linear::Post>(post);
+}
+
+void linear_pack(std::uintptr_t weight, std::uintptr_t packed, int64_t features, int64_t depth, int instructions) {
+  check_sizes({features, depth}, linear::kMultiple);
+  check_address("weight", weight);
+  check_aligned("packed", packed);
+  with_instructions(instructions, [&](auto element) {
+    using T = decltype(element);
+    const py::gil_scoped_release release;
+    if constexpr (std::is_same_v<T, float>) {
+      linear::simd_pack(pointer<const T>(weight), pointer<T>(packed), features, depth, static_cast<Simd>(instructions));
+    } else {
+      linear::amx_pack(pointer<const T>(weight), pointer<T>(packed), features, depth);
+    }
+  });
+}
+
+void linear_forward(std::uintptr_t x, std::uintptr_t packed, std::uintptr_t bias, std::uintptr_t other, std::uintptr_t y,
+                    int64_t rows, int64_t depth, int64_t features, int post, int instructions, int num_threads) {
+  check_sizes({features, depth}, linear::kMultiple);
+  check_at_least("rows", rows, 0);
+  check_at_least("num_threads", num_threads, 1);
+  if (rows == 0) return;
+  check_address("x", x);
+  check_aligned("packed", packed);
+  check_aligned("y", y);
+  if (post_of(post) == linear::Post::kAdd) check_address("other", other);
+  with_instructions(instructions, [&](auto element) {
+    using T = decltype(element);
+    const linear::Linear<T> args{pointer<const T>(x),     pointer<const T>(packed), pointer<const T>(bias),
+                                 pointer<const T>(other), pointer<T>(y),            rows,
+                                 depth,                   features,                 post_of(post)};
+    const py::gil_scoped_release release;
+    if constexpr (std::is_same_v<T, float>) {
+      linear::simd_forward(args, static_cast<Simd>(instructions), num_threads);
+    } else {
+      linear::amx_forward(args, num_threads);
+    }
+  });
+}
+
+bool attention_forward(std::uintptr_t qkv, std::uintptr_t cu_seqlens, std::uintptr_t out, std::uintptr_t lse,
+                       int64_t rows, int64_t sequences, int64_t heads, int64_t size, int64_t max_seqlen, float scale,
+                       int instructions, int num_threads) {
+  check_at_least("heads", heads, 0);
+  check_at_least("size", size, 1);
+  check_at_least("num_threads", num_threads, 1);
+  return with_instructions(instructions, [&](auto element) {
+    using T = decltype(element);
+    const bool fits = ascends(cu_seqlens, rows, sequences, max_seqlen);
+    if (!fits || rows == 0 || heads == 0) return fits;
+    check_address("qkv", qkv);
+    check_address("out", out);
+    check_address("lse", lse);
+    const attention::Packed<T> args{pointer<const T>(qkv), pointer<const int32_t>(cu_seqlens),
+                                    pointer<T>(out),       pointer<float>(lse),
+                                    rows,                  sequences,
+                                    heads,                 size,
+                                    scale};
+    const py::gil_scoped_release release;
+    if constexpr (std::is_same_v<T, float>) {
+      attention::simd_forward(args, static_cast<Simd>(instructions), num_threads);
+    } else {
+      attention::amx_forward(args, num_threads);
+    }
+    return true;
+  });
+}
+
+bool encoder_layer_forward(std::uintptr_t x, std::uintptr_t y, std::uintptr_t cu_seqlens,
+                           const std::array<std::uintptr_t, 8>& weights, const std::array<std::uintptr_t, 4>& norms,
+                           bool float_norms, const std::array<float, 2>& eps, int gelu, std::uintptr_t scratch,
+                           std::uintptr_t lse, int64_t rows, int64_t sequences, int64_t max_seqlen, int64_t heads,
+                           int64_t hidden, int64_t features, float scale, int instructions, int num_threads) {
+  check_sizes({hidden, features}, linear::kMultiple);
+  check_at_least("heads", heads, 1);
+  check_at_least("num_threads", num_threads, 1);
+  if (hidden % heads != 0) throw std::invalid_argument("hidden is no multiple of heads");
+  const auto post = post_of(gelu, linear::Post::kGeluTanh);
+  if (post == linear::Post::kNone) throw std::invalid_argument("gelu may be POST_GELU_ERF or POST_GELU_TANH");
+  return with_instructions(instructions, [&](auto element) {
+    using T = decltype(element);
+    const bool fits = ascends(cu_seqlens, rows, sequences, max_seqlen);
+    if (!fits || rows == 0) return fits;
+    for (const auto address : {x, lse, norms[0], norms[1], norms[2], norms[3]}) {
+      check_address("one of the arguments", address);
+    }
+    for (const auto address : {y, scratch, weights[0], weights[2], weights[4], weights[6]}) {
+      check_aligned("one of the arguments", address);
+    }
+    const auto linear_of = [&](size_t i) {
+      return encoder_layer::Weights<T>{pointer<const T>(weights[2 * i]), pointer<const T>(weights[2 * i + 1])};
+    };
+    const auto norm_of = [&](size_t i) {
+      return encoder_layer::Norm{pointer<const void>(norms[2 * i]), pointer<const void>(norms[2 * i + 1]), float_norms,
+                                 eps[i]};
+    };
+    const encoder_layer::Layer<T> layer{pointer<const T>(x),
+                                        pointer<T>(y),
+                                        pointer<const int32_t>(cu_seqlens),
+                                        linear_of(0),
+                                        linear_of(1),
+                                        linear_of(2),
+                                        linear_of(3),
+                                        norm_of(0),
+                                        norm_of(1),
+                                        post,
+                                        pointer<T>(scratch),
+                                        pointer<float>(lse),
+                                        rows,
+                                        sequences,
+                                        heads,
+                                        hidden,
+                                        features,
+                                        scale};
+    const py::gil_scoped_release release;
+    if constexpr (std::is_same_v<T, float>) {
+      encoder_layer::simd_forward(layer, static_cast<Simd>(instructions), num_threads);
+    } else {
+      encoder_layer::amx_forward(layer, num_threads);
+    }
+    return true;
+  });
 }
 
 }  // namespace
@@ -295,119 +451,41 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "probabilities [sequences, heads, queries, keys], float32, *= scale * mask, in place.");
 
   m.def("amx_missing", &amx_missing, "Why the kernels for AMX can't run, or None.");
-  m.def("attention_amx_forward",
-        [](std::uintptr_t qkv, std::uintptr_t cu_seqlens, std::uintptr_t out, std::uintptr_t lse, int64_t rows,
-           int64_t sequences, int64_t heads, int64_t size, int64_t max_seqlen, float scale, int num_threads) {
-          check_at_least("heads", heads, 0);
-          check_at_least("size", size, 1);
-          check_at_least("num_threads", num_threads, 1);
-          if (const char* reason = amx_missing()) throw std::runtime_error(reason);
-          const bool fits = ascends(cu_seqlens, rows, sequences, max_seqlen);
-          const auto* offsets = pointer<const int32_t>(cu_seqlens);
-          if (!fits || rows == 0 || heads == 0) return fits;
-          check_address("qkv", qkv);
-          check_address("out", out);
-          check_address("lse", lse);
-          const py::gil_scoped_release release;
-          attention::amx_forward({pointer<const uint16_t>(qkv), offsets, pointer<uint16_t>(out), pointer<float>(lse),
-                                  rows, sequences, heads, size, scale},
-                                 num_threads);
-          return true;
-        },
-        arg("qkv"), arg("cu_seqlens"), arg("out"), arg("lse"), arg("rows"), arg("sequences"), arg("heads"),
-        arg("size"), arg("max_seqlen"), arg("scale"), arg("num_threads"),
-        "out [rows, heads, size] and lse [heads, rows] of bfloat16 qkv [rows, 3, heads, size]; False and nothing "
-        "computed when cu_seqlens [sequences + 1] doesn't ascend from 0 to at most rows in steps of at most max_seqlen.");
+  m.attr("AVX2") = static_cast<int>(Simd::kV3);
+  m.attr("AVX512") = static_cast<int>(Simd::kV4);
+  m.attr("AMX") = kAmx;
+  m.def("simd_level", &simd_level, "AVX512 or AVX2, whichever this build and this processor have, or 0.");
+  m.def("attention_forward", &attention_forward, arg("qkv"), arg("cu_seqlens"), arg("out"), arg("lse"), arg("rows"),
+        arg("sequences"), arg("heads"), arg("size"), arg("max_seqlen"), arg("scale"), arg("instructions"),
+        arg("num_threads"),
+        "out [rows, heads, size] and lse [heads, rows] of qkv [rows, 3, heads, size], bfloat16 with AMX, otherwise "
+        "float32; False and nothing computed when cu_seqlens [sequences + 1] doesn't ascend from 0 to at most rows in "
+        "steps of at most max_seqlen.");
 
   m.attr("LINEAR_MULTIPLE") = linear::kMultiple;
   m.attr("POST_NONE") = static_cast<int>(linear::Post::kNone);
   m.attr("POST_GELU_ERF") = static_cast<int>(linear::Post::kGeluErf);
   m.attr("POST_GELU_TANH") = static_cast<int>(linear::Post::kGeluTanh);
   m.attr("POST_ADD") = static_cast<int>(linear::Post::kAdd);
-  m.def("linear_amx_pack",
-        [](std::uintptr_t weight, std::uintptr_t packed, int64_t features, int64_t depth) {
-          check_linear(features, depth);
-          check_address("weight", weight);
-          check_address("packed", packed);
-          const py::gil_scoped_release release;
-          linear::amx_pack(pointer<const uint16_t>(weight), pointer<uint16_t>(packed), features, depth);
-        },
-        arg("weight"), arg("packed"), arg("features"), arg("depth"),
-        "The tiles of a bfloat16 weight [features, depth].");
-  m.def("linear_amx_forward",
-        [](std::uintptr_t x, std::uintptr_t packed, std::uintptr_t bias, std::uintptr_t other, std::uintptr_t y,
-           int64_t rows, int64_t depth, int64_t features, int post, int num_threads) {
-          check_linear(features, depth);
-          check_at_least("rows", rows, 0);
-          check_at_least("num_threads", num_threads, 1);
-          if (rows == 0) return;
-          check_address("x", x);
-          check_address("packed", packed);
-          check_address("y", y);
-          if (y % 64 != 0) throw std::invalid_argument("y is at an address that is no multiple of 64");
-          if (post < 0 || post > static_cast<int>(linear::Post::kAdd)) {
-            throw std::invalid_argument("post is " + std::to_string(post) + "; it may be one of POST_*");
-          }
-          if (static_cast<linear::Post>(post) == linear::Post::kAdd) check_address("other", other);
-          const py::gil_scoped_release release;
-          linear::amx_forward({pointer<const uint16_t>(x), pointer<const uint16_t>(packed),
-                               pointer<const uint16_t>(bias), pointer<const uint16_t>(other), pointer<uint16_t>(y),
-                               rows, depth, features, static_cast<linear::Post>(post)},
-                              num_threads);
-        },
-        arg("x"), arg("packed"), arg("bias"), arg("other"), arg("y"), arg("rows"), arg("depth"), arg("features"),
-        arg("post"), arg("num_threads"), "y = post(x [rows, depth] times the packed weight + bias), bfloat16.");
+  m.def("linear_pack", &linear_pack, arg("weight"), arg("packed"), arg("features"), arg("depth"), arg("instructions"),
+        "A weight [features, depth], bfloat16 with AMX, otherwise float32, in the order that linear_forward reads.");
+  m.def("linear_forward", &linear_forward, arg("x"), arg("packed"), arg("bias"), arg("other"), arg("y"), arg("rows"),
+        arg("depth"), arg("features"), arg("post"), arg("instructions"), arg("num_threads"),
+        "y = post(x [rows, depth] times the packed weight + bias), in the dtype of linear_pack.");
 
-  m.def("encoder_layer_amx_scratch",
+  m.def("encoder_layer_scratch",
         [](int64_t hidden, int64_t features) {
-          check_linear(hidden, features);
+          check_sizes({hidden, features}, linear::kMultiple);
           return encoder_layer::scratch_columns(hidden, features);
         },
-        arg("hidden"), arg("features"), "The number of bfloat16 elements of scratch that a row needs.");
-  m.def("encoder_layer_amx_forward",
-        [](std::uintptr_t x, std::uintptr_t y, std::uintptr_t cu_seqlens, const std::array<std::uintptr_t, 8>& weights,
-           const std::array<std::uintptr_t, 4>& norms, bool float_norms, const std::array<float, 2>& eps, int gelu,
-           std::uintptr_t scratch, std::uintptr_t lse, int64_t rows, int64_t sequences, int64_t max_seqlen,
-           int64_t heads, int64_t hidden, int64_t features, float scale, int num_threads) {
-          check_linear(hidden, features);
-          check_at_least("heads", heads, 1);
-          check_at_least("num_threads", num_threads, 1);
-          if (hidden % heads != 0) throw std::invalid_argument("hidden is no multiple of heads");
-          const auto post = static_cast<linear::Post>(gelu);
-          if (post != linear::Post::kGeluErf && post != linear::Post::kGeluTanh) {
-            throw std::invalid_argument("gelu is " + std::to_string(gelu) + "; it may be POST_GELU_ERF or POST_GELU_TANH");
-          }
-          const bool fits = ascends(cu_seqlens, rows, sequences, max_seqlen);
-          if (!fits || rows == 0) return fits;
-          for (const auto address : {x, y, scratch, lse, weights[0], weights[2], weights[4], weights[6], norms[0], norms[1],
-                                     norms[2], norms[3]}) {
-            check_address("one of the arguments", address);
-          }
-          if (y % 64 != 0 || scratch % 64 != 0) {
-            throw std::invalid_argument("y or scratch is at an address that is no multiple of 64");
-          }
-          const auto linear_of = [&](size_t i) {
-            return encoder_layer::Weights{pointer<const uint16_t>(weights[2 * i]),
-                                          pointer<const uint16_t>(weights[2 * i + 1])};
-          };
-          const auto norm_of = [&](size_t i) {
-            return encoder_layer::Norm{pointer<const void>(norms[2 * i]), pointer<const void>(norms[2 * i + 1]),
-                                       float_norms, eps[i]};
-          };
-          const py::gil_scoped_release release;
-          encoder_layer::amx_forward(
-              {pointer<const uint16_t>(x), pointer<uint16_t>(y), pointer<const int32_t>(cu_seqlens), linear_of(0),
-               linear_of(1), linear_of(2), linear_of(3), norm_of(0), norm_of(1), post, pointer<uint16_t>(scratch),
-               pointer<float>(lse), rows, sequences, heads, hidden, features, scale},
-              num_threads);
-          return true;
-        },
-        arg("x"), arg("y"), arg("cu_seqlens"), arg("weights"), arg("norms"), arg("float_norms"), arg("eps"),
-        arg("gelu"), arg("scratch"), arg("lse"), arg("rows"), arg("sequences"), arg("max_seqlen"), arg("heads"),
-        arg("hidden"), arg("features"), arg("scale"), arg("num_threads"),
-        "y [rows, hidden] of x through an encoder layer in bfloat16, without dropout; weights are the packed weight and "
-        "the bias of query, key and value, of attention's output, and of the two layers after it; norms weight and bias. "
-        "False and nothing computed when cu_seqlens doesn't ascend as attention_amx_forward wants it.");
+        arg("hidden"), arg("features"), "The number of elements of scratch that a row needs.");
+  m.def("encoder_layer_forward", &encoder_layer_forward, arg("x"), arg("y"), arg("cu_seqlens"), arg("weights"),
+        arg("norms"), arg("float_norms"), arg("eps"), arg("gelu"), arg("scratch"), arg("lse"), arg("rows"),
+        arg("sequences"), arg("max_seqlen"), arg("heads"), arg("hidden"), arg("features"), arg("scale"),
+        arg("instructions"), arg("num_threads"),
+        "y [rows, hidden] of x through an encoder layer without dropout, in the dtype of linear_pack; weights are the "
+        "packed weight and the bias of query, key and value, of attention's output, and of the two layers after it; norms "
+        "weight and bias. False and nothing computed when cu_seqlens doesn't ascend as attention_forward wants it.");
 
   m.def("bias_dropout_residual_backward_scratch",
         [](int64_t rows, int64_t cols) {

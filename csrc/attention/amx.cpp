@@ -18,7 +18,7 @@ namespace fastbert::attention {
 
 #if !defined(FASTBERT_HAVE_AMX)
 
-void amx_forward(const Packed&, int) {}
+void amx_forward(const Packed<uint16_t>&, int) {}
 
 #else
 
@@ -181,7 +181,7 @@ FASTBERT_AMX_INLINE void multiply_values(const Scratch& s, int64_t keys, int64_t
 
 // Ask for `count` rows of queries, keys and values of a head. They lie in short pieces far apart, which the processor
 // does not foresee.
-FASTBERT_AMX_INLINE void prefetch_head(const Packed& args, const uint16_t* q, int64_t count) {
+FASTBERT_AMX_INLINE void prefetch_head(const Packed<uint16_t>& args, const uint16_t* q, int64_t count) {
   for (int64_t row = 0; row < 3 * count; ++row) {
     const uint16_t* part = q + row * args.heads * args.size;
     for (int64_t column = 0; column < args.size; column += kDepth) {
@@ -191,7 +191,7 @@ FASTBERT_AMX_INLINE void prefetch_head(const Packed& args, const uint16_t* q, in
 }
 
 // One head of one sequence.
-FASTBERT_AMX void attend(const Packed& args, int64_t sequence, int64_t head, const Scratch& s) {
+FASTBERT_AMX void attend(const Packed<uint16_t>& args, int64_t sequence, int64_t head, const Scratch& s) {
   const TileConfig config;
   _tile_loadconfig(&config);
   const int64_t first = args.cu_seqlens[sequence];
@@ -244,7 +244,7 @@ FASTBERT_AMX void attend(const Packed& args, int64_t sequence, int64_t head, con
 
 }  // namespace
 
-void amx_forward(const Packed& args, int num_threads) {
+void amx_forward(const Packed<uint16_t>& args, int num_threads) {
   int64_t longest = 0;
   for (int64_t i = 0; i < args.sequences; ++i) {
     longest = std::max<int64_t>(longest, args.cu_seqlens[i + 1] - args.cu_seqlens[i]);

@@ -13,11 +13,13 @@ namespace fastbert::linear {
 #if !defined(FASTBERT_HAVE_AMX)
 
 void amx_pack(const uint16_t*, uint16_t*, int64_t, int64_t) {}
-void amx_forward(const Linear&, int) {}
+void amx_forward(const Linear<uint16_t>&, int) {}
 
 #else
 
 namespace {
+
+using Args = Linear<uint16_t>;
 
 // A thread computes blocks of 32 x 32 results, four tiles of sums, from panels: 32 rows of x, or 32 rows of the weight.
 // As many panels of x as fit into half of a second-level cache of 2 MiB lie there as tiles while the weight, which comes
@@ -75,7 +77,7 @@ FASTBERT_AMX_INLINE __m512 widen(const uint16_t* from) {
 }
 
 // 32 rows of x from row on as tiles A, [depth / 32][2]; rows that don't exist are zero.
-FASTBERT_AMX_INLINE void pack_rows(const Linear& args, int64_t row, uint16_t* panel) {
+FASTBERT_AMX_INLINE void pack_rows(const Args& args, int64_t row, uint16_t* panel) {
   for (int64_t i = 0; i < kPanel; ++i) {
     const uint16_t* from = args.x + (row + i) * args.depth;
     uint16_t* to = panel + i * kDepth;
@@ -120,7 +122,7 @@ FASTBERT_AMX_INLINE void add_products(const uint16_t* x, const uint16_t* weight)
 
 // Rows from .. to - 1 of a block of sums whose first row and feature are these: the results.
 template <Post kPost>
-FASTBERT_AMX_INLINE void finish(const Linear& args, const float* block, int64_t row, int64_t feature, int64_t from,
+FASTBERT_AMX_INLINE void finish(const Args& args, const float* block, int64_t row, int64_t feature, int64_t from,
                                 int64_t to) {
   __m512 bias[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
   if (args.bias != nullptr) {
@@ -146,18 +148,18 @@ FASTBERT_AMX_INLINE void finish(const Linear& args, const float* block, int64_t 
 }
 
 // The number of panels of x that are in cache together.
-int64_t resident_panels(const Linear& args) {
+int64_t resident_panels(const Args& args) {
   return std::clamp<int64_t>(kCacheElements / args.depth / kPanel, 1, ceil_div(args.rows, kPanel));
 }
 
 // What a thread works in: the panels of x, then two sets of sums, [panels][32, 32] each.
-int64_t scratch_floats(const Linear& args) {
+int64_t scratch_floats(const Args& args) {
   return resident_panels(args) * (args.depth * kPanel / 2 + 2 * kBlock);
 }
 
 // `panels` panels of x from `row` on, and features first_feature .. last_feature - 1.
 template <Post kPost>
-FASTBERT_AMX_INLINE void pass(const Linear& args, int64_t row, int64_t panels, int64_t first_feature,
+FASTBERT_AMX_INLINE void pass(const Args& args, int64_t row, int64_t panels, int64_t first_feature,
                               int64_t last_feature, float* scratch) {
   auto* const x = reinterpret_cast<uint16_t*>(scratch);
   float* sums = scratch + panels * args.depth * kPanel / 2;
@@ -198,7 +200,7 @@ FASTBERT_AMX_INLINE void pass(const Linear& args, int64_t row, int64_t panels, i
 
 // Panels first_panel .. last_panel - 1 of x, and features first_feature .. last_feature - 1, of which there are some.
 template <Post kPost>
-FASTBERT_AMX void compute(const Linear& args, int64_t first_panel, int64_t last_panel, int64_t first_feature,
+FASTBERT_AMX void compute(const Args& args, int64_t first_panel, int64_t last_panel, int64_t first_feature,
                           int64_t last_feature, float* scratch) {
   const TileConfig config;
   _tile_loadconfig(&config);
@@ -213,7 +215,7 @@ FASTBERT_AMX void compute(const Linear& args, int64_t first_panel, int64_t last_
   _tile_release();
 }
 
-using Compute = void (*)(const Linear&, int64_t, int64_t, int64_t, int64_t, float*);
+using Compute = void (*)(const Args&, int64_t, int64_t, int64_t, int64_t, float*);
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -236,7 +238,7 @@ FASTBERT_AMX void amx_pack(const uint16_t* weight, uint16_t* packed, int64_t fea
   }
 }
 
-void amx_forward(const Linear& args, int num_threads) {
+void amx_forward(const Args& args, int num_threads) {
   constexpr Compute functions[] = {compute<Post::kNone>, compute<Post::kGeluErf>, compute<Post::kGeluTanh>,
                                    compute<Post::kAdd>};
   const Compute function = functions[static_cast<int>(args.post)];

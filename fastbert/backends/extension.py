@@ -88,6 +88,16 @@ def missing_amx() -> str | None:
     return reason if module is None else module.amx_missing()
 
 
+def missing_simd() -> str | None:
+    """Why the extension's host kernels for AVX2 and AVX-512 can't be used, in one sentence; None if they can."""
+    module, reason = _attempt()
+    if module is None:
+        return reason
+    return (
+        None if module.simd_level() else "this processor, or the compiler that built fastbert._C, has no AVX2 and FMA"
+    )
+
+
 def missing_cuda() -> str | None:
     """Why the extension has no CUDA kernels and what to do about it, in one sentence; None if it has.
 

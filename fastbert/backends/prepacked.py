@@ -1,7 +1,8 @@
 """Linear layers of CPU inference: matrix products with prepacked weights and fused post-operations.
 
 The packed copy of a weight is private: it is held here, keyed on the module that owns the weight, never saved, and
-rebuilt when the weight has changed. ``backends/amx.py`` multiplies by it where it can, else ``backends/onednn.py``.
+rebuilt when the weight has changed. ``backends/host_linear.py`` multiplies by it where it can, otherwise
+``backends/onednn.py``.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastbert.backends import amx, onednn
+from fastbert.backends import host_linear, onednn
 
 # Writes through ``.data`` leave a tensor's version counter alone, so a few of its elements are compared as well.
 _SAMPLES = 64
@@ -77,8 +78,8 @@ def missing(dtype: torch.dtype) -> str | None:
 def kernels(linears: Sequence[nn.Linear]) -> ModuleType:
     """The module whose functions multiply by the prepacked weights of ``linears``, side by side."""
     features, depth = sum(linear.out_features for linear in linears), linears[0].in_features
-    if amx.missing(linears[0].weight.dtype) is None and amx.fits(features, depth):
-        return amx
+    if host_linear.missing(linears[0].weight.dtype) is None and host_linear.fits(features, depth):
+        return host_linear
     return onednn
 
 

@@ -174,6 +174,12 @@ def needs_amx(request: Request) -> Iterator[str]:
         yield reason
 
 
+def needs_simd(request: Request) -> Iterator[str]:
+    """A reason if the host kernels for AVX2 and AVX-512 can't be used."""
+    if reason := _missing_simd():
+        yield reason
+
+
 def needs_cuda_extension(request: Request) -> Iterator[str]:
     """A reason if the CUDA kernels of the extension can't be used, or not on the request's device."""
     if reason := _missing_cuda_extension(request.index):
@@ -206,6 +212,11 @@ def _missing_extension() -> str | None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _missing_amx() -> str | None:
     return extension.missing_amx()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _missing_simd() -> str | None:
+    return extension.missing_simd()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastbert  # noqa: F401  registers the ops that select explains
-from fastbert.backends import extension, prepacked, select
+from fastbert.backends import extension, host_linear, prepacked, select
 from fastbert.cli import machine, selftest
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -52,6 +52,7 @@ def examine() -> dict[str, Any]:
         "devices": _devices(),
         "extension": {"build": loaded.build_info() if loaded else None, "missing": extension.missing()},
         "prepacked_linears": {_name(dtype): prepacked.missing(dtype) for dtype in selftest.DTYPES},
+        "extension_linears": {_name(dtype): host_linear.missing(dtype) for dtype in selftest.DTYPES},
         "implementations": [
             {
                 "device": device.type,
@@ -134,7 +135,9 @@ def _print(console: Console, found: dict[str, Any]) -> None:
     build = found["extension"]["build"]
     line("extension:  " + (", ".join(f"{k} {v}" for k, v in build.items()) if build else found["extension"]["missing"]))
     for dtype, missing in found["prepacked_linears"].items():
-        line(f"oneDNN:     {dtype} inference on the CPU has " + (missing or "prepacked linears"))
+        by_onednn = found["extension_linears"][dtype]
+        by = f"oneDNN's products, since {by_onednn}" if by_onednn else "the extension's products"
+        line(f"linears:    {dtype} inference on the CPU has " + (missing or f"prepacked weights and {by}"))
     rows = found["implementations"]
     for device in dict.fromkeys(row["device"] for row in rows):
         table = Table(title=f"who computes an op on {device}, by dtype")
@@ -147,7 +150,7 @@ def _print(console: Console, found: dict[str, Any]) -> None:
         console.print(table)
     checks = found["self_test"]
     passed = sum(check["failure"] is None for check in checks)
-    line(f"self-test:  {passed} of {len(checks)} checks passed: every op forward and backward, and a small model")
+    line(f"self-test:  {passed} of {len(checks)} checks passed: every op forward and backward, and two small models")
     for text in found["advice"]:
         line(f"advice:     {text}")
     for text in found["problems"]:

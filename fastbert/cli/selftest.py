@@ -1,4 +1,4 @@
-"""Does what fastbert would run on this machine give the right numbers? Small inputs, every op, one small model.
+"""Does what fastbert would run on this machine give the right numbers? Small inputs, every op, two small models.
 
 The parity tests ask for the last bit. This asks whether what is installed works here, so it allows each implementation
 the error of the reference in the same dtype twice over, and two roundings more.
@@ -30,6 +30,8 @@ _TOKENS, _HEADS, _HIDDEN, _INTERMEDIATE, _ROWS = 37, 2, 80, 112, 11
 # Sequences of 5, 0, 15 and 16 tokens; the last token belongs to none.
 _CU_SEQLENS = (0, 5, 5, 20, 36)
 _EPS = 1e-12
+# A layer with the first is one call on a CPU; with the second its parts run one by one.
+_FEATURES = (256, 260)
 
 
 class Check(NamedTuple):
@@ -60,7 +62,7 @@ class Case(NamedTuple):
 
 
 def run(device: torch.device) -> list[Check]:
-    """Every implementation that can run on ``device``, in every dtype, with and without dropout; then a model."""
+    """Every implementation that can run on ``device``, in every dtype, with and without dropout; then two models."""
     checks = []
     for p in (0.0, DROPOUT):
         for case in cases(p, device):
@@ -72,8 +74,10 @@ def run(device: torch.device) -> list[Check]:
                 for name in names:
                     what = f"{case.op}: {name}" + (f", dropout {p}" if p else "")
                     checks.append(_check(what, device, dtype, partial(_op_errors, case, name, dtype)))
-    model = _check("BertModel against Hugging Face", device, torch.float32, partial(_model_errors, device))
-    return [*checks, model]
+    for size in _FEATURES:
+        what = f"BertModel against Hugging Face: intermediate size {size}"
+        checks.append(_check(what, device, torch.float32, partial(_model_errors, device, size)))
+    return checks
 
 
 def cases(p: float, device: torch.device) -> list[Case]:
@@ -192,14 +196,14 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max())
 
 
-def _model_errors(device: torch.device) -> Iterator[Error]:
+def _model_errors(device: torch.device, intermediate_size: int) -> Iterator[Error]:
     """A BERT of two layers on a padded batch: the states in inference, then every gradient."""
     config = BertConfig(
         vocab_size=97,
         hidden_size=_HEADS * HEAD_SIZE,
         num_hidden_layers=2,
         num_attention_heads=_HEADS,
-        intermediate_size=4 * HEAD_SIZE,
+        intermediate_size=intermediate_size,
         max_position_embeddings=32,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,

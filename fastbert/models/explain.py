@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 from transformers.models.bert import modeling_bert
 
-from fastbert.backends import prepacked, select
+from fastbert.backends import onednn, prepacked, select
 from fastbert.models import bert, layers
 
 _LAYER = re.compile(r"\.layer\.(\d+)")
@@ -167,5 +167,5 @@ def _linear(path: str, part: str, module: Any, training: bool, gain: str) -> Par
         reason = prepacked.unsupported(dense.weight, [dense])
     if reason:
         return Part(path, part, "torch linear", reason)
-    kernels = prepacked.kernels([dense]).__name__.rpartition(".")[2]
+    kernels = "onednn" if prepacked.kernels([dense]) is onednn else "extension"
     return Part(path, part, f"{kernels} prepacked", gain)

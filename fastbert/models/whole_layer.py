@@ -1,7 +1,8 @@
-"""An encoder layer in inference as one call of the compiled extension: bfloat16, on processors with AMX.
+"""An encoder layer in inference on a CPU as one call of the compiled extension.
 
-It computes what the layer's parts compute one after the other (``csrc/encoder_layer/amx.cpp`` calls the same kernels),
-without Python between them, and in memory that the layers of a forward share.
+In float32 with AVX2 or AVX-512, in bfloat16 with AMX. It computes what the layer's parts compute one after the other
+(``csrc/encoder_layer/encoder_layer.cpp`` calls the same kernels), without Python between them, and in memory that the
+layers of a forward share.
 """
 
 from __future__ import annotations
@@ -12,21 +13,20 @@ import torch
 from torch import Tensor, nn
 from transformers.models.bert import modeling_bert as hf
 
-from fastbert.backends import amx, extension, prepacked
+from fastbert.backends import extension, host_linear, prepacked
 from fastbert.models.packing import Packing
 
-_NORM_DTYPES = ({torch.bfloat16}, {torch.float32})
 # What the layers of one forward share: the scratch memory of the first of them.
 Workspace = dict[str, Tensor]
 
 
 def unserved(x: Tensor) -> str | None:
     """Why no layer can take states like ``x`` in one call, in one sentence; None when one can."""
-    if torch.compiler.is_compiling() or not x.is_cpu or x.dtype != torch.bfloat16:
-        return "one call for all of it is for bfloat16 on processors with AMX"
+    if torch.compiler.is_compiling() or not x.is_cpu:
+        return "one call for all of it is for CPUs, outside of torch.compile"
     if torch.is_grad_enabled() and x.requires_grad:
         return "gradients are needed, and one call for all of it has none"
-    return amx.missing(x.dtype)
+    return host_linear.missing(x.dtype)
 
 
 def reason(layer: Any, x: Tensor) -> str | None:
@@ -37,10 +37,10 @@ def reason(layer: Any, x: Tensor) -> str | None:
         return "one call for all of it has no dropout"
     norms = (layer.attention.output.LayerNorm, layer.output.LayerNorm)
     dtypes = {p.dtype for norm in norms for p in (norm.weight, norm.bias) if p is not None}
-    if any(norm.weight is None or norm.bias is None for norm in norms) or dtypes not in _NORM_DTYPES:
-        return "a LayerNorm has no bias, or parameters that aren't all bfloat16 or all float32"
+    if any(norm.weight is None or norm.bias is None for norm in norms) or dtypes not in ({x.dtype}, {torch.float32}):
+        return f"a LayerNorm has no bias, or parameters that aren't all {x.dtype} or all torch.float32"
     hidden, features = x.shape[-1], layer.intermediate.dense.out_features
-    if not (amx.fits(hidden, hidden) and amx.fits(features, hidden)):
+    if not (host_linear.fits(hidden, hidden) and host_linear.fits(features, hidden)):
         return f"a size is no multiple of {extension.module().LINEAR_MULTIPLE}"
     if unsupported := prepacked.unsupported(x, _linears(layer)):
         return unsupported
@@ -54,13 +54,13 @@ def forward(layer: Any, x: Tensor, packing: Packing, approximate: str, workspace
     norms = (layer.attention.output.LayerNorm, layer.output.LayerNorm)
     rows, hidden = x.shape
     features, heads = layer.intermediate.dense.out_features, attention.num_attention_heads
-    columns = module.encoder_layer_amx_scratch(hidden, features)
+    columns = module.encoder_layer_scratch(hidden, features)
     scratch = workspace.get("scratch")
     if scratch is None or scratch.numel() != rows * columns:
         scratch = workspace["scratch"] = x.new_empty(rows * columns)
         workspace["lse"] = x.new_empty(heads * rows, dtype=torch.float32)
     x, y = x.contiguous(), torch.empty_like(x)
-    done = module.encoder_layer_amx_forward(
+    done = module.encoder_layer_forward(
         x.data_ptr(),
         y.data_ptr(),
         packing.cu_seqlens.data_ptr(),
@@ -78,6 +78,7 @@ def forward(layer: Any, x: Tensor, packing: Packing, approximate: str, workspace
         hidden,
         features,
         attention.scaling,
+        host_linear.instructions(x.dtype),
         torch.get_num_threads(),
     )
     return y if done else None

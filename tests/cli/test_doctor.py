@@ -8,7 +8,7 @@ import torch
 from cli import tiny
 
 from fastbert import ops
-from fastbert.backends import extension
+from fastbert.backends import extension, host_linear
 from fastbert.cli import machine, selftest
 from fastbert.ops.layer_norm import torch as layer_norm
 
@@ -169,17 +169,20 @@ def test_a_kernel_that_raises_is_found(monkeypatch):
     assert "illegal instruction" in result.stdout
 
 
-def test_a_wrong_model_is_found(monkeypatch):
-    """The model's inference goes ways that no op goes: oneDNN's products."""
-    from fastbert.backends import prepacked
-
-    linear = prepacked.linear
-    monkeypatch.setattr(prepacked, "linear", lambda x, packed: linear(x, packed) + 0.01)
+@pytest.mark.parametrize(
+    ("module", "function", "size"), [("backends.prepacked", "linear", 260), ("models.whole_layer", "forward", 256)]
+)
+def test_a_wrong_model_is_found(module, function, size, monkeypatch):
+    """The model's inference goes ways that no op goes: products of prepacked weights, and a layer in one call."""
+    if host_linear.missing(torch.float32):
+        pytest.skip("the extension has no products for this machine")
+    right = getattr(importlib.import_module(f"fastbert.{module}"), function)
+    monkeypatch.setattr(f"fastbert.{module}.{function}", lambda *args: right(*args) + 0.01)
     code, found = _findings()
-    if found["prepacked_linears"]["float32"]:
-        pytest.skip("no prepacked linears on this machine")
     assert code == 1
-    assert "states is off by" in found["problems"][0]
+    (problem,) = found["problems"]
+    assert f"intermediate size {size}" in problem
+    assert "states is off by" in problem
 
 
 @pytest.mark.gpu

@@ -15,11 +15,14 @@ from transformers.models import bert as hf_package
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
+from fastbert.backends import host_linear
 from fastbert.models import bert, layers
 
 ALL_MODELS = ("BertModel", "BertLMHeadModel", *twins.HEADS)
 # transformers makes its top module anew while it is imported; those who imported it early hold another one.
 NAMESPACES = (transformers, sys.modules["transformers"], hf_package, hf)
+# Who multiplies by prepacked weights in float32.
+PREPACKED = ("onednn" if host_linear.missing(torch.float32) else "extension") + " prepacked"
 
 
 def some_batch(name):
@@ -439,7 +442,7 @@ def test_explain_is_data_and_text(capsys):
     assert by_part["layout"] == "packed"
     assert by_part["embeddings"].startswith("ops.embedding_layer_norm: ")
     assert by_part["attention"].startswith("ops.attention: ")
-    assert by_part["query, key, value"] == "onednn prepacked"
+    assert by_part["query, key, value"] == PREPACKED
     # For each of two layers: projections, attention, attention output, output, intermediate; and whether in one call.
     assert sum(".encoder.layer." in row.path for row in rows) == 2 * 6
     assert "last forward" not in by_part
@@ -489,7 +492,7 @@ def test_explain_names_what_is_not_fused():
     assert (row.implementation, "not of the GELU family" in row.reason) == ("Hugging Face", True)
     row = by_path["model.encoder.layer.0.attention.self", "query, key, value"]
     assert (row.implementation, "key: it is a" in row.reason) == ("modules, one by one", True)
-    assert by_path["model.encoder.layer.1.attention.self", "query, key, value"].implementation == "onednn prepacked"
+    assert by_path["model.encoder.layer.1.attention.self", "query, key, value"].implementation == PREPACKED
 
 
 def test_explain_models_that_are_not_fused():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastbert.backends import amx, onednn, prepacked
+from fastbert.backends import extension, host_linear, onednn, prepacked
 
 KERNELS = [
     pytest.param(
@@ -21,9 +21,11 @@ KERNELS = [
         (onednn, torch.float32),
         (onednn, torch.float16),
         (onednn, torch.bfloat16),
-        (amx, torch.bfloat16),
+        (host_linear, torch.float32),
+        (host_linear, torch.bfloat16),
     )
 ]
+LEVELS = ["AVX2", "AVX512"]
 # What follows the product, in eager PyTorch.
 POSTS = {
     "linear": lambda y, other: y,
@@ -38,6 +40,18 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch):
+    """The kernels in float32 for one instruction set."""
+    if reason := host_linear.missing(torch.float32):
+        pytest.skip(reason)
+    module = extension.module()
+    wanted = getattr(module, request.param)
+    if wanted > module.simd_level():
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setattr(host_linear, "instructions", lambda dtype: wanted)
 
 
 def call(kernels, post, x, weight, bias, other):
@@ -77,6 +91,14 @@ def test_products(kernels, dtype, post, rows, features, depth):
     check(kernels, dtype, post, rows, features, depth, biased=False)
 
 
+@pytest.mark.parametrize("post", POSTS)
+@pytest.mark.parametrize("rows", [*range(1, 16), 27, 29, 500])
+def test_products_of_each_instruction_set(post, rows, level):
+    """Tiles of every number of rows; sums of one chunk, of several, and of a part."""
+    check(host_linear, torch.float32, post, rows, 160, 416)
+    check(host_linear, torch.float32, post, rows, 32, 1152, biased=False)
+
+
 @pytest.mark.parametrize(("kernels", "dtype"), KERNELS)
 @pytest.mark.parametrize(("count", "rows"), [*itertools.product((1, 2, 3, 7), (3, 100))])
 def test_any_number_of_threads(kernels, dtype, count, rows, threads):
@@ -114,25 +136,40 @@ def test_gelu_everywhere(kernels, dtype, approximate):
     assert call(kernels, f"linear_gelu {approximate}", x, weight, None, None)[0, 0].isnan()
 
 
-def test_amx_takes_what_comes_in_whole_tiles():
-    if reason := amx.missing(torch.bfloat16):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sizes_that_the_extension_takes(dtype):
+    if reason := host_linear.missing(dtype):
         pytest.skip(reason)
 
-    def chosen(features, depth, dtype=torch.bfloat16):
+    def chosen(features, depth):
         return prepacked.kernels([nn.Linear(depth, features, dtype=dtype)])
 
-    assert chosen(64, 96) is amx
+    assert chosen(64, 96) is host_linear
     assert chosen(60, 96) is onednn
     assert chosen(64, 100) is onednn
-    assert chosen(64, 96, torch.float32) is onednn
-
-
-def test_amx_names_a_size_that_does_not_fit():
-    if reason := amx.missing(torch.bfloat16):
-        pytest.skip(reason)
     with pytest.raises(ValueError, match="size is 60; it must be a multiple of 32"):
-        amx.pack(torch.zeros(64, 60, dtype=torch.bfloat16))
+        host_linear.pack(torch.zeros(64, 60, dtype=dtype))
 
 
-def test_amx_s_reasons():
-    assert amx.missing(torch.float32) == "the kernels for AMX compute in bfloat16, not in torch.float32"
+def test_dtypes_that_the_extension_takes():
+    told = host_linear.missing(torch.float16)
+    assert told == "the extension multiplies in float32 and bfloat16, not in torch.float16"
+    assert prepacked.kernels([nn.Linear(64, 96, dtype=torch.float16)]) is onednn
+
+
+def test_instructions_that_are_not_there(monkeypatch):
+    if reason := host_linear.missing(torch.float32):
+        pytest.skip(reason)
+    monkeypatch.setattr(host_linear, "instructions", lambda dtype: 7)
+    with pytest.raises(ValueError, match="instructions is 7; it may be AVX2, AVX512 or AMX"):
+        host_linear.pack(torch.zeros(64, 64))
+
+
+@pytest.mark.parametrize("rows", [3, 40, 700])
+def test_a_row_s_product_is_the_same_in_any_company(rows, level, threads):
+    x, weight = torch.randn(rows, 416), torch.randn(288, 416)
+    whole = call(host_linear, "linear", x, weight, None, None)
+    for count in (1, 2, 5):
+        threads(count)
+        assert torch.equal(call(host_linear, "linear", x, weight, None, None), whole)
+        assert torch.equal(call(host_linear, "linear", x[1:2], weight, None, None), whole[1:2])

@@ -183,7 +183,7 @@ def test_computing_again_changes_no_gradient(autocast, frozen, monkeypatch):
     calls = []
     monkeypatch.setattr(layers.BertLayer, "unfused", lambda self: calls.append(self) or "not in this test")
     expected = run()
-    assert len(calls) == 2
+    assert set(calls) == set(fast.encoder.layer)
     for path, gradient in expected.items():
         assert (gradient is None) == (actual[path] is None), path
         if gradient is not None:

@@ -10,10 +10,11 @@ from ops import problems
 from ops.problems import attention
 
 from fastbert import ops
-from fastbert.backends import launch, philox, select
+from fastbert.backends import extension, host_linear, launch, philox, select
 from fastbert.ops.attention import reference, torch_varlen
 
 IMPLEMENTATIONS = attention().implementations()
+IN_DTYPES = [(dtype, impl) for dtype in problems.DTYPES for impl in attention(dtype=dtype).implementations()]
 DROPPING = attention(p=0.1).implementations()
 
 
@@ -35,6 +36,19 @@ def test_lengths_around_vectors_in_16_bits(length, dtype):
 def test_several_blocks_in_16_bits_case_9(p, dtype):
     """More than 128 keys: blocks of queries, the online softmax, and blocks that have nothing to do."""
     attention(lengths=(300, 1, 0, 129, 64), heads=1, size=32, dtype=dtype, p=p).check()
+
+
+@pytest.mark.parametrize("instructions", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("size", [1, 31, 64, 400])
+def test_instruction_sets(size, instructions, monkeypatch):
+    """Tiles of every number of queries, parts of tiles, and more keys and more features than are summed in one go."""
+    if reason := host_linear.missing(torch.float32):
+        pytest.skip(reason)
+    level = getattr(extension.module(), instructions)
+    if level > extension.module().simd_level():
+        pytest.skip(f"this processor has no {instructions}")
+    monkeypatch.setattr(host_linear, "instructions", lambda dtype: level)
+    attention(lengths=(*range(3, 20), 0, 390), heads=2, size=size).check("simd")
 
 
 @pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="Triton's kernels alone have tiles")
@@ -123,9 +137,8 @@ def test_scale(impl):
     assert torch.equal(default, ops.attention(qkv, cu_seqlens, 4, scale=1.0 / 3.0, impl=impl))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("dtype", "impl"), IN_DTYPES)
 @pytest.mark.parametrize("lengths", [(3, 0, 37, 1, 19), (140, 3)], ids=str)
-@pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
 def test_large_scores(dtype, lengths, impl):
     """Scores of some thousands: the largest is subtracted before the exponential.
 
@@ -134,12 +147,11 @@ def test_large_scores(dtype, lengths, impl):
     """
     problem = attention(lengths, dtype=dtype)
     problem.tensors = {"qkv": problem.tensors["qkv"] * 30.0}
-    from_lse = impl == "sdpa" or (impl == "triton" and max(lengths) > 128)
+    from_lse = impl in ("sdpa", "simd") or (impl == "triton" and max(lengths) > 128)
     problem.check(impl, roundings=1000 if from_lse else 1)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "impl"), IN_DTYPES)
 def test_log_sum_exp(impl, dtype):
     """[A, T] in float32, zero in rows of no sequence."""
     problem = attention(lengths=(3, 0, 40), heads=2, size=8, dtype=dtype)

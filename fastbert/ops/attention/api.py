@@ -63,6 +63,14 @@ def _amx_reasons(request: select.Request) -> Iterator[str]:
         yield from select.needs_amx(request)
 
 
+def _simd_reasons(request: select.Request) -> Iterator[str]:
+    yield from select.needs_device(request, "cpu")
+    yield from select.needs_dtype(request, torch.float32)
+    yield from select.needs_no_dropout(request)
+    if request.device == "cpu":
+        yield from select.needs_simd(request)
+
+
 def _sdpa_reasons(request: select.Request) -> Iterator[str]:
     yield from select.needs_device(request, "cpu")
     yield from select.needs_dtype(request, torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -82,7 +90,8 @@ TABLE = select.Table(
         select.Implementation("triton", f"{_MODULE}.triton", _triton_reasons),
         select.Implementation("flash_attn", f"{_MODULE}.flash_attn", _flash_attn_reasons),
         select.Implementation("torch_varlen", f"{_MODULE}.torch_varlen", _flash_reasons),
-        select.Implementation("amx", f"{_MODULE}.amx", _amx_reasons),
+        select.Implementation("amx", f"{_MODULE}.host", _amx_reasons),
+        select.Implementation("simd", f"{_MODULE}.host", _simd_reasons),
         select.Implementation("sdpa", f"{_MODULE}.sdpa", _sdpa_reasons),
         select.Implementation("cpu", f"{_MODULE}.cpu", _cpu_reasons),
         select.Implementation("reference", f"{_MODULE}.reference", select.nothing),
@@ -115,8 +124,9 @@ def attention(
         dropout_p: probability of dropping an attention probability, quantised to multiples of 2**-16.
         seed: int64 with one element, on the device of ``qkv``; None draws one from torch's default generator.
         impl: "triton" (CUDA, heads up to 128), "flash_attn" (that package) or "torch_varlen" (PyTorch's; both CUDA,
-            16 bits, no dropout, heads of 8, 16 ... 256), "amx" (CPUs that have it, bfloat16, no dropout), "sdpa" (CPU,
-            no dropout), "cpu", "reference", or None for the first of them that can serve the call.
+            16 bits, no dropout, heads of 8, 16 ... 256), "amx" (CPUs that have it, bfloat16, no dropout), "simd" (CPUs
+            with AVX2 or AVX-512, float32, no dropout), "sdpa" (CPU, no dropout), "cpu", "reference", or None for the
+            first of them that can serve the call.
 
     Returns:
         ``[T, A, D]``, contiguous, in the dtype of ``qkv``.

@@ -1,8 +1,9 @@
-"""Attention in bfloat16 on processors with AMX: one call of the extension for all sequences and heads.
+"""Attention on the host: one call of the extension for all sequences and heads.
 
-For each head of a sequence, keys and values are packed into the tiles of the matrix unit once. Then 16 queries at a
-time: their scores (float32) stay in cache, the softmax is exact over all keys, and the probabilities, rounded to
-bfloat16 before the division by their sum, multiply the values. The backward is that of PyTorch's kernel.
+In bfloat16 on processors with AMX ("amx"), in float32 with AVX2 or AVX-512 ("simd"). For each head of a sequence, keys
+and values are packed once, in the order in which the products read them. Then a few queries at a time: their scores
+(float32) stay in cache, the softmax is exact over all keys, and the probabilities, rounded to the dtype before the
+division by their sum, multiply the values. The backward is that of PyTorch's kernel.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbert.backends import extension, select
+from fastbert.backends import extension, host_linear, select
 from fastbert.ops.attention import runs
 
 
@@ -22,7 +23,7 @@ def forward(
     qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.contiguous()
     out = qkv.new_empty(rows, heads, size)
     lse = qkv.new_empty(heads, rows, dtype=torch.float32)
-    done = extension.module().attention_amx_forward(
+    done = extension.module().attention_forward(
         qkv.data_ptr(),
         cu_seqlens.data_ptr(),
         out.data_ptr(),
@@ -33,6 +34,7 @@ def forward(
         size,
         max_seqlen,
         scale,
+        host_linear.instructions(qkv.dtype),
         torch.get_num_threads(),
     )
     if not done:

@@ -1,7 +1,7 @@
-"""Matrix products in bfloat16 on processors with AMX, by the compiled extension: csrc/linear/amx.cpp.
+"""Matrix products on the host by the compiled extension: float32 with AVX2 or AVX-512, bfloat16 with AMX.
 
-It has the functions of ``backends/onednn.py``. Weights are streamed from memory ahead of their use, and bias, GELU and
-addition are computed while the matrix unit is at work.
+In csrc/linear/simd.cpp and amx.cpp. It has the functions of ``backends/onednn.py``. Weights are read from memory once,
+ahead of their use, and bias, GELU and addition are computed where the sums are.
 """
 
 from __future__ import annotations
@@ -16,13 +16,22 @@ _ALIGNMENT = 64
 
 def missing(dtype: torch.dtype) -> str | None:
     """Why the products can't be used in ``dtype``, in one sentence; None when they can."""
-    if dtype != torch.bfloat16:
-        return f"the kernels for AMX compute in bfloat16, not in {dtype}"
-    return extension.missing_amx()
+    if dtype == torch.float32:
+        return extension.missing_simd()
+    if dtype == torch.bfloat16:
+        return extension.missing_amx()
+    return f"the extension multiplies in float32 and bfloat16, not in {dtype}"
+
+
+def instructions(dtype: torch.dtype) -> int:
+    """The extension's code of the instructions that it multiplies with in ``dtype``, which must not be missing."""
+    module = extension.module()
+    code: int = module.AMX if dtype == torch.bfloat16 else module.simd_level()
+    return code
 
 
 def fits(features: int, depth: int) -> bool:
-    """Whether a weight ``[features, depth]`` comes in whole tiles."""
+    """Whether a weight ``[features, depth]`` has sizes that the products can have."""
     multiple: int = extension.module().LINEAR_MULTIPLE
     return features % multiple == 0 and depth % multiple == 0
 
@@ -33,7 +42,7 @@ def pack(weight: Tensor) -> Tensor:
     memory = weight.new_empty(weight.numel() + _ALIGNMENT // weight.itemsize)
     start = -memory.data_ptr() % _ALIGNMENT // weight.itemsize
     packed = memory[start : start + weight.numel()].view(weight.shape)
-    extension.module().linear_amx_pack(weight.data_ptr(), packed.data_ptr(), *weight.shape)
+    extension.module().linear_pack(weight.data_ptr(), packed.data_ptr(), *weight.shape, instructions(weight.dtype))
     return packed
 
 
@@ -57,7 +66,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, p
     x = x.contiguous()
     features, depth = weight.shape
     y = x.new_empty(*x.shape[:-1], features)
-    extension.module().linear_amx_forward(
+    extension.module().linear_forward(
         x.data_ptr(),
         weight.data_ptr(),
         extension.address(bias),
@@ -67,6 +76,7 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, p
         depth,
         features,
         post,
+        instructions(x.dtype),
         torch.get_num_threads(),
     )
     return y

@@ -45,7 +45,7 @@ def cases(device: str) -> list[Case]:
 def _on_cpu() -> list[Case]:
     """What ends within some minutes on two cores."""
     base, large, mini = (MODELS[name] for name in ("BERT-base", "BERT-large", "MiniLM-L6"))
-    single, padded, whole = full(1, 128), even(16, 128, 0.64), full(16, 128)
+    single, padded = full(1, 128), even(16, 128, 0.64)
     sentences, documents = drawn("sentences", 32, SENTENCES), drawn("documents", 4, DOCUMENTS)
     paragraphs = drawn("docstrings", 16, DOCSTRINGS)
     runtimes = (peers.OPENVINO, peers.ONNX)
@@ -55,7 +55,7 @@ def _on_cpu() -> list[Case]:
         found += [
             _inference_case(base, single, dtype, "cpu", (*_HUGGING_FACE, *runtimes), quick),
             _inference_case(base, padded, dtype, "cpu", (peers.SDPA, peers.OPENVINO), quick),
-            _inference_case(base, whole, dtype, "cpu", (peers.SDPA,)),
+            _inference_case(base, full(16 if quick else 8, 128), dtype, "cpu", (peers.SDPA,)),
             _inference_case(mini, single, dtype, "cpu", (peers.SDPA, *(() if quick else _COMPILED), *runtimes)),
             _inference_case(mini, sentences, dtype, "cpu", (peers.SDPA, *runtimes)),
         ]
@@ -65,8 +65,8 @@ def _on_cpu() -> list[Case]:
         _inference_case(mini, paragraphs, "bfloat16", "cpu", (peers.SDPA,)),
         _inference_case(large, single, "bfloat16", "cpu", (peers.SDPA,)),
         _training_case(_FINE_TUNING, base, even(8, 128, 0.64), "bfloat16", "cpu"),
-        _training_case(_FINE_TUNING, base, even(8, 128, 0.64), "float32", "cpu"),
-        _training_case(_PRETRAINING, base, even(8, 128, 0.64), "bfloat16", "cpu"),
+        _training_case(_FINE_TUNING, base, even(4, 128, 0.64), "float32", "cpu"),
+        _training_case(_PRETRAINING, base, even(4, 128, 0.64), "bfloat16", "cpu"),
         _training_case(_FINE_TUNING, mini, sentences, "bfloat16", "cpu", quick=True),
     ]
     return found

@@ -11,7 +11,7 @@
 
 namespace fastbert::attention {
 
-#if !defined(FASTBERT_HAVE_CLONES)
+#if !defined(FASTBERT_HAVE_SIMD)
 
 void simd_forward(const Packed<float>&, Simd, int) {}
 

@@ -3,7 +3,7 @@
 namespace fastbert {
 
 int simd_level() {
-#if defined(FASTBERT_HAVE_CLONES)
+#if defined(FASTBERT_HAVE_SIMD)
   static const int level = [] {
     const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
     const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

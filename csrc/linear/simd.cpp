@@ -6,7 +6,7 @@
 
 namespace fastbert::linear {
 
-#if !defined(FASTBERT_HAVE_CLONES)
+#if !defined(FASTBERT_HAVE_SIMD)
 
 void simd_pack(const float*, float*, int64_t, int64_t, Simd) {}
 void simd_forward(const Linear<float>&, Simd, int) {}

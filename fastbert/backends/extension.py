@@ -93,9 +93,9 @@ def missing_simd() -> str | None:
     module, reason = _attempt()
     if module is None:
         return reason
-    return (
-        None if module.simd_level() else "this processor, or the compiler that built fastbert._C, has no AVX2 and FMA"
-    )
+    if not module.simd_level():
+        return "this processor has no AVX2 and FMA, or the compiler that built fastbert._C can't make use of them"
+    return None
 
 
 def missing_cuda() -> str | None:

@@ -19,23 +19,8 @@ void simd_forward(const Packed<float>&, Simd, int) {}
 
 namespace {
 
-namespace v3 {
-#define FASTBERT_SIMD __attribute__((target("arch=x86-64-v3")))
-constexpr int kLanes = 8;
-constexpr int kRows = 6;
-#include "../common/simd_tile.h"
-#include "simd_kernel.h"
-#undef FASTBERT_SIMD
-}  // namespace v3
-
-namespace v4 {
-#define FASTBERT_SIMD __attribute__((target("arch=x86-64-v4")))
-constexpr int kLanes = 16;
-constexpr int kRows = 14;
-#include "../common/simd_tile.h"
-#include "simd_kernel.h"
-#undef FASTBERT_SIMD
-}  // namespace v4
+#define FASTBERT_SIMD_KERNEL "../attention/simd_kernel.h"
+#include "../common/simd_levels.h"
 
 }  // namespace
 

@@ -1,4 +1,4 @@
-// No include guard: included for each instruction set, after common/simd_tile.h.
+// No include guard: included by common/simd_levels.h for each instruction set, after common/simd_tile.h.
 
 // Scores of kRows queries, blocks of kChunk keys one after the other.
 constexpr int64_t kScores = kRows * kStride;

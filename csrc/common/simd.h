@@ -5,7 +5,7 @@
 #include <memory>
 #include <new>
 
-// What the host kernels in float32 share. Their code is compiled for each instruction set of Simd (simd_tile.h), and
+// What the host kernels in float32 share. Their code is compiled for each instruction set of Simd (simd_levels.h), and
 // the caller says which of it runs: weights are packed for one of them.
 namespace fastbert {
 

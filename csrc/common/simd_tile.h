@@ -1,6 +1,7 @@
-// No include guard: included for each instruction set, in a namespace of its own, where these are defined before:
-// FASTBERT_SIMD, the functions' target; kLanes, the floats of a vector; kRows, the most rows of a tile.
+// No include guard: included by simd_levels.h for each instruction set, where these are defined before: FASTBERT_SIMD,
+// the functions' target; kLanes, the floats of a vector; kRows, the most rows of a tile.
 
+#undef FASTBERT_SIMD_INLINE
 #define FASTBERT_SIMD_INLINE FASTBERT_SIMD inline __attribute__((always_inline))
 
 typedef float Vector __attribute__((vector_size(kLanes * 4)));

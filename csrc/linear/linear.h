@@ -7,7 +7,7 @@ namespace fastbert::linear {
 
 enum class Post : int { kNone = 0, kGeluErf = 1, kGeluTanh = 2, kAdd = 3 };
 
-// What sizes must be multiples of: both of them for AMX, the features for the others.
+// What depth and features are multiples of.
 constexpr int64_t kMultiple = 32;
 
 // T is float, or uint16_t that holds bfloat16.

@@ -1,4 +1,4 @@
-// No include guard: included for each instruction set, after common/simd_tile.h.
+// No include guard: included by common/simd_levels.h for each instruction set, after common/simd_tile.h.
 
 // GELU as max(x, 0) - q, where q is |x| times the tail of the distribution: no digits cancel on either side.
 // erfc(z) is exp(-z²) times a polynomial of t = 1 / (1 + 0.3275911 z), off by at most 1.5e-7: Abramowitz and Stegun,

@@ -19,6 +19,8 @@ from fastbert.cli import embed_ray
 
 COUNT = 300
 WINDOW = 5
+# Windows that either machine begins before one of them is killed.
+EACH = 8
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +68,10 @@ def rows(folder):
 
 @pytest.fixture
 def slow_cluster(tmp_path):
-    """Two machines whose workers take their time, and note the machine for each batch; gives (cluster, their notes)."""
+    """Two machines whose workers keep step for EACH windows and note them; gives (cluster, machines, notes)."""
 
-    def slow(notes=str(tmp_path / "notes")):
+    def slow(notes=str(tmp_path / "notes"), each=EACH):
+        from collections import Counter
         from pathlib import Path
 
         from fastbert.cli import embed
@@ -76,10 +79,13 @@ def slow_cluster(tmp_path):
         forward = embed.Embedder._embed
 
         def noted(self, batch):
+            machine = ray.get_runtime_context().get_node_id()
             with open(notes, "a") as file:
-                file.write(f"{ray.get_runtime_context().get_node_id()}\n")
-            # The first to start would be done before the other has.
-            while len(set(Path(notes).read_text().split())) < 2:
+                file.write(f"{machine}\n")
+            # However late the other starts, and however slow it is.
+            while len(begun := Counter(Path(notes).read_text().split())) < 2 or min(begun.values()) < min(
+                begun[machine], each
+            ):
                 time.sleep(0.1)
             time.sleep(0.1)
             return forward(self, batch)
@@ -103,7 +109,7 @@ def test_a_machine_is_lost_halfway(arguments, slow_cluster, expected, tmp_path):
     def kill():
         while not killed:
             seen = notes.read_text().split() if notes.exists() else []
-            if all(seen.count(machine.node_id) >= 8 for machine in machines):
+            if all(seen.count(machine.node_id) >= EACH for machine in machines):
                 killed.append(len(list((tmp_path / "out").glob("*.parquet"))))
                 cluster.remove_node(machines[0], allow_graceful=False)
             time.sleep(0.01)

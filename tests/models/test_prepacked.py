@@ -2,13 +2,14 @@
 
 import itertools
 
+import instructions
 import parity
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fastbert.backends import extension, host_linear, onednn, prepacked
+from fastbert.backends import host_linear, onednn, prepacked
 
 KERNELS = [
     pytest.param(
@@ -25,7 +26,6 @@ KERNELS = [
         (host_linear, torch.bfloat16),
     )
 ]
-LEVELS = ["AVX2", "AVX512"]
 # What follows the product, in eager PyTorch.
 POSTS = {
     "linear": lambda y, other: y,
@@ -42,16 +42,10 @@ def threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=LEVELS)
+@pytest.fixture(params=["AVX2", "AVX512"])
 def level(request, monkeypatch):
     """The kernels in float32 for one instruction set."""
-    if reason := host_linear.missing(torch.float32):
-        pytest.skip(reason)
-    module = extension.module()
-    wanted = getattr(module, request.param)
-    if wanted > module.simd_level():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setattr(host_linear, "instructions", lambda dtype: wanted)
+    instructions.use(request.param, monkeypatch)
 
 
 def call(kernels, post, x, weight, bias, other):

@@ -4,13 +4,14 @@ import importlib
 import sys
 import types
 
+import instructions
 import pytest
 import torch
 from ops import problems
 from ops.problems import attention
 
 from fastbert import ops
-from fastbert.backends import extension, host_linear, launch, philox, select
+from fastbert.backends import launch, philox, select
 from fastbert.ops.attention import reference, torch_varlen
 
 IMPLEMENTATIONS = attention().implementations()
@@ -38,16 +39,11 @@ def test_several_blocks_in_16_bits_case_9(p, dtype):
     attention(lengths=(300, 1, 0, 129, 64), heads=1, size=32, dtype=dtype, p=p).check()
 
 
-@pytest.mark.parametrize("instructions", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("name", ["AVX2", "AVX512"])
 @pytest.mark.parametrize("size", [1, 31, 64, 400])
-def test_instruction_sets(size, instructions, monkeypatch):
+def test_instruction_sets(size, name, monkeypatch):
     """Tiles of every number of queries, parts of tiles, and more keys and more features than are summed in one go."""
-    if reason := host_linear.missing(torch.float32):
-        pytest.skip(reason)
-    level = getattr(extension.module(), instructions)
-    if level > extension.module().simd_level():
-        pytest.skip(f"this processor has no {instructions}")
-    monkeypatch.setattr(host_linear, "instructions", lambda dtype: level)
+    instructions.use(name, monkeypatch)
     attention(lengths=(*range(3, 20), 0, 390), heads=2, size=size).check("simd")
 
 

@@ -18,18 +18,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertPreTrainedModel
+from transformers import BertConfig, BertPreTrainedModel, GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions, MaskedLMOutput
 from transformers.models.bert import modeling_bert as hf
-from transformers.utils import output_capturing
 
 from fastbert.backends import philox
-from fastbert.models import inputs, joined, layers, packing
+from fastbert.models import inputs, joined, layers, packing, upstream
 
 PACKED = "packed"
 
-# Arguments that change neither the layout nor the attention of the encoder.
-_NEUTRAL_ARGUMENTS = frozenset({"output_hidden_states", "return_dict", "num_items_in_batch"})
 _SEQUENCE_ARGUMENTS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 IGNORED_LABEL = -100
 
@@ -80,10 +77,7 @@ class BertModel(_FromSafetensors, hf.BertModel):
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = None,
+        *args: Any,
         **kwargs: Any,
     ) -> Any:
         """As Hugging Face's, except that positions which ``attention_mask`` excludes come out as zeros.
@@ -93,7 +87,7 @@ class BertModel(_FromSafetensors, hf.BertModel):
             attention_mask: ``[B, S]`` of any dtype, nonzero where a token is; boolean, 0/1 or additive
                 ``[B, 1, S, S]``; or None.
             token_type_ids, position_ids: int32 or int64 ``[B, S]`` or ``[1, S]``.
-            encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache: for decoders, as in Hugging Face.
+            *args: the arguments of Hugging Face's ``forward`` after these, in its order: those for decoders.
             **kwargs: those of Hugging Face; and ``cu_seq_lens_q`` (int32 ``[N + 1]``) and ``max_length_q`` with a batch
                 of one row that holds N sequences one after the other, which then attend within themselves and count
                 their positions from zero. ``read_positions`` (bool ``[B, S]``, or "all") marks positions whose state
@@ -107,16 +101,17 @@ class BertModel(_FromSafetensors, hf.BertModel):
         """
         read = kwargs.pop("read_positions", None)
         sequences = {name: kwargs.pop(name) for name in _SEQUENCE_ARGUMENTS if kwargs.get(name) is not None}
+        if args:
+            names = upstream.FORWARD_ARGUMENTS[5 : 5 + len(args)]
+            if len(names) < len(args) or any(name in kwargs for name in names):
+                raise TypeError(f"forward takes {', '.join(upstream.FORWARD_ARGUMENTS)}, each of them once")
+            kwargs.update(zip(names, args, strict=True))
+        if upstream.CACHE not in upstream.FORWARD_ARGUMENTS and kwargs.get(upstream.CACHE) is not None:
+            kwargs[upstream.OLD_CACHE] = kwargs.pop(upstream.CACHE)
         attention_mask = inputs.boolean_4d(attention_mask, self.config._attn_implementation, self.dtype)
-        if encoder_hidden_states is None and past_key_values is None:
+        if all(kwargs.get(name) is None for name in ("encoder_hidden_states", upstream.CACHE, upstream.OLD_CACHE)):
             inputs.check(self.config, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        reason = self._padded_reason(
-            attention_mask,
-            encoder_hidden_states=encoder_hidden_states,
-            past_key_values=past_key_values,
-            **kwargs,
-        )
-        packed = None
+        packed, reason = None, self._padded_reason(attention_mask, kwargs)
         if reason is None:
             embedded = input_ids if input_ids is not None else inputs_embeds
             assert embedded is not None
@@ -124,7 +119,8 @@ class BertModel(_FromSafetensors, hf.BertModel):
         if not torch.compiler.is_compiling():
             self.route = reason or PACKED
         if packed is not None:
-            return self._forward_packed(packed, input_ids, token_type_ids, position_ids, inputs_embeds, **kwargs)
+            captured = {name: kwargs[name] for name in ("output_hidden_states", "return_dict") if name in kwargs}
+            return self._forward_packed(packed, input_ids, token_type_ids, position_ids, inputs_embeds, **captured)
         if sequences and not self.config._attn_implementation.startswith("flash"):
             raise ValueError(f"{', '.join(sequences)} can't be honoured here, since {reason}")
         return super().forward(
@@ -133,10 +129,6 @@ class BertModel(_FromSafetensors, hf.BertModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            encoder_hidden_states=encoder_hidden_states,
-            encoder_attention_mask=encoder_attention_mask,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
             **sequences,
             **kwargs,
         )
@@ -155,13 +147,16 @@ class BertModel(_FromSafetensors, hf.BertModel):
             packed, input_ids, token_type_ids, position_ids, inputs_embeds, return_dict=True, **kwargs
         )
         if outputs.hidden_states is not None:
-            *packed_states, last = outputs.hidden_states
-            outputs["hidden_states"] = (*(s if s is None else packed.unpack(s) for s in packed_states), last)
+            # Those that Hugging Face ties to the last state, or that weren't asked for, are as they must be.
+            outputs["hidden_states"] = tuple(
+                packed.unpack(state) if state is not None and state.dim() == 2 else state
+                for state in outputs.hidden_states
+            )
         if return_dict is None:
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
 
-    @output_capturing.capture_outputs  # type: ignore[untyped-decorator]
+    @upstream.capture_outputs  # type: ignore[untyped-decorator]
     def _encode(
         self,
         packed: packing.Packing,
@@ -184,9 +179,7 @@ class BertModel(_FromSafetensors, hf.BertModel):
             seed=None if seeds is None else seeds[0],
         )
         projections = joined.join(self.encoder, hidden_states)
-        encoded = self.encoder(
-            hidden_states, packing=packed, seeds=seeds, projections=projections, workspace={}
-        ).last_hidden_state
+        encoded = self.encoder(hidden_states, packing=packed, seeds=seeds, projections=projections).last_hidden_state
         sequence_output = packed.unpack(encoded)
         pooled_output = None
         if self.pooler is not None:
@@ -231,20 +224,23 @@ class BertModel(_FromSafetensors, hf.BertModel):
             return None, "the head or the pooler uses the states of padded positions"
         return packed, None
 
-    def _padded_reason(self, mask: Tensor | None, **kwargs: Any) -> str | None:
+    def _padded_reason(self, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
         """Why a batch must stay padded whatever its padding is, in one sentence; None when it can be packed."""
         if reason := static_padded_reason(self):
             return reason
         if mask is not None and mask.dim() == 4:
             return "a 4-D attention_mask is given, and packed attention knows sequences only"
         for name, value in kwargs.items():
-            if name not in _NEUTRAL_ARGUMENTS and value is not None and value is not False:
+            if name in upstream.CONSEQUENTIAL and value is not None and value is not False:
                 return f"{name} is given, which only the padded way serves"
+        if kwargs.get("output_hidden_states") or self.config.output_hidden_states:
+            return upstream.uncapturable()
         return None
 
 
-# Hugging Face's own annotation: callers read in it which optional arguments a forward takes.
-BertModel.forward.__annotations__["kwargs"] = inspect.signature(hf.BertModel.forward).parameters["kwargs"].annotation
+# Stock's own: callers read in them which arguments a forward takes, and what it gives.
+BertModel.forward.__signature__ = inspect.signature(hf.BertModel.forward)  # type: ignore[attr-defined]
+BertModel.forward.__annotations__ = dict(hf.BertModel.forward.__annotations__)
 
 
 def static_padded_reason(model: hf.BertModel) -> str | None:
@@ -261,31 +257,39 @@ def static_padded_reason(model: hf.BertModel) -> str | None:
         return "the configuration has output_attentions=True, and packed attention never forms the probabilities"
     if config._attn_implementation not in ("sdpa", "fastbert"):
         return f"attn_implementation={config._attn_implementation!r} was asked for"
-    if reason := layers.unserved(model.embeddings.LayerNorm.weight):
+    if reason := _replaced_part(model):
         return reason
-    return _replaced_part(model) or _hooked_part(model)
+    return layers.unserved(model.embeddings.LayerNorm.weight) or _hooked_part(model)
 
 
 def _replaced_part(model: hf.BertModel) -> str | None:
-    parts: list[tuple[str, nn.Module, type[nn.Module]]] = [
-        ("embeddings", model.embeddings, layers.BertEmbeddings),
-        ("encoder", model.encoder, hf.BertEncoder),
-    ]
+    if reason := upstream.unknown(model, "BertModel"):
+        return reason
+    if not isinstance(model.embeddings, layers.BertEmbeddings):
+        return _replaced("embeddings", model.embeddings)
+    if not isinstance(model.encoder, layers.BertEncoder):
+        return _replaced("encoder", model.encoder)
     for index, layer in enumerate(model.encoder.layer):
         path = f"encoder.layer.{index}"
         if not isinstance(layer, layers.BertLayer):
             return _replaced(path, layer)
-        parts += [
-            (f"{path}.attention", layer.attention, layers.BertAttention),
-            (f"{path}.attention.self", layer.attention.self, layers.BertSelfAttention),
-            (f"{path}.attention.output", layer.attention.output, layers.BertSelfOutput),
-            (f"{path}.intermediate", layer.intermediate, layers.BertIntermediate),
-            (f"{path}.output", layer.output, layers.BertOutput),
-        ]
-    return next((_replaced(path, part) for path, part, kind in parts if not isinstance(part, kind)), None)
+        if not isinstance(layer.attention, layers.BertAttention):
+            return _replaced(f"{path}.attention", layer.attention)
+        parts: tuple[tuple[str, nn.Module, type[nn.Module]], ...] = (
+            ("attention.self", layer.attention.self, layers.BertSelfAttention),
+            ("attention.output", layer.attention.output, layers.BertSelfOutput),
+            ("intermediate", layer.intermediate, layers.BertIntermediate),
+            ("output", layer.output, layers.BertOutput),
+        )
+        for name, part, kind in parts:
+            if not isinstance(part, kind):
+                return _replaced(f"{path}.{name}", part)
+    return None
 
 
 def _replaced(path: str, part: nn.Module) -> str:
+    if type(part) in layers.FUSED and (reason := upstream.unknown(part, type(part).__name__)):
+        return f"{path}: {reason}"
     return f"{path} is a {type(part).__module__}.{type(part).__qualname__}, which knows padded states only"
 
 
@@ -383,7 +387,7 @@ class BertForPreTraining(_SparsePrediction, Head, hf.BertForPreTraining):
     forward = _reading(hf.BertForPreTraining.forward)
 
 
-class BertLMHeadModel(Head, hf.BertLMHeadModel):
+class BertLMHeadModel(Head, hf.BertLMHeadModel, GenerationMixin):
     """Left-to-right language modelling; arguments and outputs of Hugging Face's class."""
 
     # Its loss honours Trainer's token count.
@@ -450,11 +454,10 @@ def fuse(root: nn.Module) -> list[str]:
     changed = []
     for path, module in root.named_modules():
         fused = MODELS.get(type(module)) or layers.FUSED.get(type(module))
-        if fused is None:
+        if fused is None or (fused in layers.FUSED.values() and upstream.unknown(module, fused.__name__)):
             continue
         module.__class__ = fused
         changed.append(path)
         if isinstance(module, BertPreTrainedModel):
-            # Hugging Face records which outputs a class can capture when the class is first constructed.
-            dict.__setitem__(output_capturing._CAN_RECORD_REGISTRY, str(type(module)), module._can_record_outputs)
+            upstream.register_outputs(module)
     return changed

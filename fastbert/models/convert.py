@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import TypeVar
 
+import transformers
 from torch import nn
 from transformers.models.bert import modeling_bert
-from transformers.utils.import_utils import _LazyModule
 
-from fastbert.models import bert
+from fastbert.models import bert, upstream
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -96,5 +96,10 @@ def _namespaces() -> list[ModuleType]:
     While transformers is being imported it makes its top module anew: code that imported it early holds another one
     than ``sys.modules`` does, and each keeps the names that it was asked for.
     """
-    top = [thing for thing in gc.get_objects() if type(thing) is _LazyModule and thing.__name__ == "transformers"]
+    top = [transformers]
+    top += [
+        thing
+        for thing in gc.get_objects()
+        if type(thing) is upstream.LazyModule and thing.__name__ == "transformers" and thing is not transformers
+    ]
     return [*top, importlib.import_module("transformers.models.bert"), modeling_bert]

@@ -11,12 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, bidirectional_mask_function, sdpa_mask
 
 from fastbert import ops
-from fastbert.models import packing
+from fastbert.models import packing, upstream
 
 NAME = "fastbert"
 
@@ -27,16 +24,17 @@ def attention_mask(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Any] = bidirectional_mask_function,
+    mask_function: Callable[..., Any] = upstream.bidirectional_mask_function,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask for ``attention``: ``[B, S]`` where only padding is hidden, else sdpa's ``[B, 1, S, S]``."""
-    if mask_function is bidirectional_mask_function and q_length == kv_length:
+    if mask_function is upstream.bidirectional_mask_function and q_length == kv_length:
         return attention_mask
-    return sdpa_mask(
+    made: Tensor | None = upstream.sdpa_mask(
         batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask=attention_mask, **kwargs
     )
+    return made
 
 
 def attention(
@@ -67,7 +65,7 @@ def attention(
     if not whole or (causal and attention_mask is None) or kwargs.get("position_bias") is not None:
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, None, None, :]
-        output: Tensor = sdpa_attention_forward(
+        output: Tensor = upstream.sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
         )[0]
         return output, None
@@ -83,6 +81,8 @@ def attention(
 
 
 def register() -> None:
-    """Add "fastbert" to Hugging Face's attention and mask interfaces."""
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, attention_mask)
+    """Add "fastbert" to Hugging Face's attention and mask interfaces, where they are as fastbert knows them."""
+    if not upstream.HAS_INTERFACE:
+        return
+    upstream.AttentionInterface.register(NAME, attention)
+    upstream.AttentionMaskInterface.register(NAME, attention_mask)

@@ -16,12 +16,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import activations
-from transformers.models.bert import modeling_bert as hf
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from fastbert import ops
 from fastbert.backends import prepacked
-from fastbert.models import after_attention, whole_layer
+from fastbert.models import after_attention, upstream, whole_layer
 from fastbert.models.joined import Projection
 from fastbert.models.packing import Packing
 
@@ -29,13 +28,6 @@ Projections = dict[nn.Module, Projection]
 
 # The seeds that one layer takes: attention probabilities, attention output, layer output.
 SEEDS_PER_LAYER = 3
-
-_GELU: dict[type, str] = {
-    activations.GELUActivation: "none",
-    activations.GELUTanh: "tanh",
-    activations.NewGELUActivation: "tanh",
-    activations.FastGELUActivation: "tanh",
-}
 
 
 def foreign_hook(module: nn.Module) -> str | None:
@@ -50,7 +42,7 @@ def foreign_hook(module: nn.Module) -> str | None:
             while isinstance(hook, functools.partial):
                 hook = hook.func
             origin = getattr(hook, "__module__", None) or type(hook).__module__
-            if not origin.startswith(("torch.", "transformers.utils.output_capturing")):
+            if not origin.startswith(("torch.", upstream.CAPTURING)):
                 return getattr(hook, "__qualname__", type(hook).__qualname__)
     return None
 
@@ -104,7 +96,7 @@ def unserved(x: Tensor) -> str | None:
 
 def gelu_approximation(activation: object) -> str | None:
     """The ``approximate`` of an activation of the GELU family, "none" or "tanh"; None for any other."""
-    return _GELU.get(type(activation))
+    return upstream.GELU.get(type(activation))
 
 
 def dropout_p(dropout: nn.Dropout) -> float:
@@ -146,7 +138,7 @@ def _gelu_reason(dense: nn.Module, activation: Any) -> str | None:
     return unusual(dense, nn.Linear) or unusual(activation, type(activation))
 
 
-class BertEmbeddings(hf.BertEmbeddings):
+class BertEmbeddings(upstream.BertEmbeddings):
     """Sum of three lookups, LayerNorm and dropout."""
 
     def unfused(self) -> str | None:
@@ -160,13 +152,15 @@ class BertEmbeddings(hf.BertEmbeddings):
         token_type_ids: Any = None,
         position_ids: Any = None,
         inputs_embeds: Tensor | None = None,
-        past_key_values_length: int = 0,
+        *args: Any,
         packing: Packing | None = None,
         seed: Tensor | None = None,
+        **kwargs: Any,
     ) -> Tensor:
         """Hugging Face's arguments ``[B, S]``; ``[T, H]`` with a packing, otherwise ``[B, S, H]``."""
         if packing is None:
-            return super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, past_key_values_length)
+            padded: Tensor = super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, *args, **kwargs)
+            return padded
         shape = packing.shape
         if position_ids is None:
             position_ids = self._positions(packing)
@@ -212,7 +206,7 @@ class BertEmbeddings(hf.BertEmbeddings):
         return (place - packing.cu_seqlens[sequence]).unsqueeze(0)
 
 
-class BertSelfAttention(hf.BertSelfAttention):
+class BertSelfAttention(upstream.BertSelfAttention):
     """Query, key and value in one product, then attention within each sequence."""
 
     def unfused(self) -> str | None:
@@ -228,8 +222,7 @@ class BertSelfAttention(hf.BertSelfAttention):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        *args: Any,
         packing: Packing | None = None,
         seed: Tensor | None = None,
         projections: Projections | None = None,
@@ -237,7 +230,7 @@ class BertSelfAttention(hf.BertSelfAttention):
     ) -> Any:
         """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face."""
         if packing is None:
-            return super().forward(hidden_states, attention_mask, past_key_values, **kwargs)
+            return super().forward(hidden_states, *args, **kwargs)
         context = ops.attention(
             self._project(hidden_states, projections).view(-1, 3, self.num_attention_heads, self.attention_head_size),
             packing.cu_seqlens,
@@ -269,28 +262,26 @@ class _ResidualOutput:
         """Why what follows the product can't run as one op, in one sentence; None when it can."""
         return _norm_reason(self)
 
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor, seed: Tensor | None = None) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, seed: Tensor | None = None, **kwargs: Any) -> Tensor:
         """``[..., H or I]`` and the residual ``[..., H]`` -> ``[..., H]``."""
-        if self.unfused() or unserved(hidden_states):
-            unfused: Tensor = super().forward(hidden_states, input_tensor)  # type: ignore[misc]
+        if kwargs or len(args) != 1 or self.unfused() or unserved(hidden_states):
+            unfused: Tensor = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
             return unfused
+        (input_tensor,) = args
         return _dense_dropout_residual_norm(self, hidden_states, input_tensor, seed)
 
 
-class BertSelfOutput(_ResidualOutput, hf.BertSelfOutput):
+class BertSelfOutput(_ResidualOutput, upstream.BertSelfOutput):
     """Dense, dropout, residual and LayerNorm after attention."""
 
 
-class BertAttention(hf.BertAttention):
+class BertAttention(upstream.BertAttention):
     """Self-attention and its output; cross-attention is Hugging Face's."""
 
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        *args: Any,
         packing: Packing | None = None,
         seeds: Tensor | None = None,
         projections: Projections | None = None,
@@ -298,47 +289,47 @@ class BertAttention(hf.BertAttention):
     ) -> Any:
         """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face."""
         if packing is None:
-            return super().forward(
-                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
-            )
+            return super().forward(hidden_states, *args, **kwargs)
         context, _ = self.self(hidden_states, packing=packing, seed=_at(seeds, 0), projections=projections)
-        return self.output(context, hidden_states, _at(seeds, 1)), None
+        return self.output(context, hidden_states, seed=_at(seeds, 1)), None
 
 
-class BertIntermediate(hf.BertIntermediate):
+class BertIntermediate(upstream.BertIntermediate):
     """Dense and GELU."""
 
     def unfused(self) -> str | None:
         """Why product and activation can't run as one op, in one sentence; None when they can."""
         return _gelu_reason(self.dense, self.intermediate_act_fn)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., H]`` -> ``[..., I]``."""
-        if self.unfused() or unserved(hidden_states):
-            return super().forward(hidden_states)
+        if args or kwargs or self.unfused() or unserved(hidden_states):
+            unfused: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return unfused
         return _linear_gelu(self, self.dense, self.intermediate_act_fn, hidden_states)
 
 
-class BertOutput(_ResidualOutput, hf.BertOutput):
+class BertOutput(_ResidualOutput, upstream.BertOutput):
     """Dense, dropout, residual and LayerNorm after the activation."""
 
 
-class BertPredictionHeadTransform(hf.BertPredictionHeadTransform):
+class BertPredictionHeadTransform(upstream.BertPredictionHeadTransform):
     """Dense, GELU and LayerNorm in front of the vocabulary."""
 
     def unfused(self) -> str | None:
         """Why product and activation can't run as one op, in one sentence; None when they can."""
         return _gelu_reason(self.dense, self.transform_act_fn)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., H]`` -> ``[..., H]``."""
-        if self.unfused() or unserved(hidden_states):
-            return super().forward(hidden_states)
+        if args or kwargs or self.unfused() or unserved(hidden_states):
+            unfused: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return unfused
         normalised: Tensor = self.LayerNorm(_linear_gelu(self, self.dense, self.transform_act_fn, hidden_states))
         return normalised
 
 
-class BertLayer(hf.BertLayer):
+class BertLayer(upstream.BertLayer):
     """One layer: attention, then the feed-forward product pair."""
 
     def unfused(self) -> str | None:
@@ -360,10 +351,7 @@ class BertLayer(hf.BertLayer):
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        encoder_hidden_states: Tensor | None = None,
-        encoder_attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        *args: Any,
         packing: Packing | None = None,
         seeds: Tensor | None = None,
         projections: Projections | None = None,
@@ -377,9 +365,8 @@ class BertLayer(hf.BertLayer):
         are what ``joined.join`` made; ``workspace`` is a dict of this forward's, for the memory that its layers share.
         """
         if packing is None:
-            return super().forward(
-                hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, **kwargs
-            )
+            padded: Tensor = super().forward(hidden_states, *args, **kwargs)
+            return padded
         if workspace is not None and self.divided(hidden_states) is None:
             approximate = gelu_approximation(self.intermediate.intermediate_act_fn)
             assert approximate is not None
@@ -396,7 +383,7 @@ class BertLayer(hf.BertLayer):
             parameters = self._parameters_after_attention()
             if any(x is not None and x.requires_grad for x in (context, hidden_states, *parameters)):
                 return self._after_attention(context, hidden_states, parameters, seeds)
-            attention_output = self.attention.output(context, hidden_states, _at(seeds, 1))
+            attention_output = self.attention.output(context, hidden_states, seed=_at(seeds, 1))
         else:
             attention_output, _ = self.attention(hidden_states, packing=packing, seeds=seeds, projections=projections)
         return self._feed_forward(attention_output, packing.shape[0], _at(seeds, 2))
@@ -436,12 +423,35 @@ class BertLayer(hf.BertLayer):
 
     def _feed_forward(self, x: Tensor, batch: int, seed: Tensor | None) -> Tensor:
         if not self.chunk_size_feed_forward:
-            output: Tensor = self.output(self.intermediate(x), x, seed)
+            output: Tensor = self.output(self.intermediate(x), x, seed=seed)
             return output
         # A chunk is that many positions of every sequence; each draws dropout masks of its own.
         chunks = x.split(self.chunk_size_feed_forward * batch)
         seeds = [None if seed is None else seed + index for index in range(len(chunks))]
-        return torch.cat([self.output(self.intermediate(c), c, s) for c, s in zip(chunks, seeds, strict=True)])
+        return torch.cat([self.output(self.intermediate(c), c, seed=s) for c, s in zip(chunks, seeds, strict=True)])
+
+
+class BertEncoder(upstream.BertEncoder):
+    """The layers, one after the other."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        packing: Packing | None = None,
+        seeds: Tensor | None = None,
+        projections: Projections | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face."""
+        if packing is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        workspace: whole_layer.Workspace = {}
+        for layer in self.layer:
+            hidden_states = layer(
+                hidden_states, packing=packing, seeds=seeds, projections=projections, workspace=workspace
+            )
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
 
 
 def _linear_gelu(owner: nn.Module, dense: nn.Linear, activation: nn.Module, x: Tensor) -> Tensor:
@@ -458,7 +468,7 @@ def _at(seeds: Tensor | None, index: int) -> Tensor | None:
 
 # The fused class of each of Hugging Face's parts.
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
-    getattr(hf, part.__name__): part
+    getattr(upstream, part.__name__): part
     for part in (
         BertEmbeddings,
         BertSelfAttention,
@@ -467,6 +477,7 @@ FUSED: dict[type[nn.Module], type[nn.Module]] = {
         BertIntermediate,
         BertOutput,
         BertLayer,
+        BertEncoder,
         BertPredictionHeadTransform,
     )
 }

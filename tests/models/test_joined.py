@@ -161,7 +161,7 @@ def _launches(layers_count, monkeypatch):
         config = twins.config(
             num_hidden_layers=layers_count, hidden_size=768, num_attention_heads=12, intermediate_size=3072
         )
-        model = layers.hf.BertModel(config, add_pooling_layer=False).eval().to(torch.bfloat16)
+        model = twins.hf.BertModel(config, add_pooling_layer=False).eval().to(torch.bfloat16)
     bert.fuse(model)
     mode = FakeTensorMode()
     _faked(model, mode)

@@ -71,7 +71,21 @@ def check(kernels, dtype, post, rows, features, depth, biased=True):
     assert (y.shape, y.dtype, y.is_contiguous()) == ((rows, features), dtype, True)
     # Four rounding steps and not one: of a few numbers eager may have the exact ones by luck.
     allowed = 2 * parity.distance(eager, exact) + 4 * torch.finfo(dtype).eps * exact.abs().max().item()
+    if kernels is onednn:
+        allowed = max(allowed, one_after_the_other(x, weight))
     assert parity.distance(y, exact) <= allowed
+
+
+def one_after_the_other(x, weight):
+    """Six standard deviations of the error of a product whose terms are added one after the other in float32.
+
+    oneDNN may do that on a processor where eager PyTorch's products are those of another library, which adds in blocks.
+    Partial sum k of terms with the root mean square t is about t * sqrt(k); rounding it gives an error of variance
+    (eps * t)² k / 12, and the sum of these over K terms is (eps * t * K)² / 24.
+    """
+    depth = x.shape[1]
+    term = (x.double().square() @ weight.double().square().T / depth).sqrt().max().item()
+    return 6 * torch.finfo(torch.float32).eps * term * depth / 24**0.5
 
 
 @pytest.mark.parametrize(("kernels", "dtype"), KERNELS)

@@ -84,8 +84,8 @@ class BertModel(_FromSafetensors, hf.BertModel):
 
         Args:
             input_ids: int32 or int64 ``[B, S]``; or ``inputs_embeds`` ``[B, S, H]``.
-            attention_mask: ``[B, S]`` of any dtype, nonzero where a token is; boolean, 0/1 or additive
-                ``[B, 1, S, S]``; or None.
+            attention_mask: ``[B, S]``, ``[1, S]`` or ``[S]`` of any dtype, nonzero where a token is; boolean, 0/1 or
+                additive ``[B, 1, S, S]``; or None.
             token_type_ids, position_ids: int32 or int64 ``[B, S]`` or ``[1, S]``.
             *args: the arguments of Hugging Face's ``forward`` after these, in its order: those for decoders.
             **kwargs: those of Hugging Face; and ``cu_seq_lens_q`` (int32 ``[N + 1]``) and ``max_length_q`` with a batch
@@ -108,12 +108,13 @@ class BertModel(_FromSafetensors, hf.BertModel):
             kwargs.update(zip(names, args, strict=True))
         if upstream.CACHE not in upstream.FORWARD_ARGUMENTS and kwargs.get(upstream.CACHE) is not None:
             kwargs[upstream.OLD_CACHE] = kwargs.pop(upstream.CACHE)
+        embedded = inputs_embeds if input_ids is None else input_ids
         attention_mask = inputs.boolean_4d(attention_mask, self.config._attn_implementation, self.dtype)
+        attention_mask = inputs.broadcast_2d(attention_mask, embedded)
         if all(kwargs.get(name) is None for name in ("encoder_hidden_states", upstream.CACHE, upstream.OLD_CACHE)):
             inputs.check(self.config, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         packed, reason = None, self._padded_reason(attention_mask, kwargs)
         if reason is None:
-            embedded = input_ids if input_ids is not None else inputs_embeds
             assert embedded is not None
             packed, reason = self._pack(embedded, attention_mask, read, sequences)
         if not torch.compiler.is_compiling():

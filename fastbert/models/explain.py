@@ -14,7 +14,7 @@ from torch import nn
 from transformers.models.bert import modeling_bert
 
 from fastbert.backends import onednn, prepacked, select
-from fastbert.models import bert, layers
+from fastbert.models import bert, layers, upstream
 
 _LAYER = re.compile(r"\.layer\.(\d+)")
 
@@ -69,7 +69,8 @@ def _span(numbers: list[int]) -> str:
 
 def _explain_module(path: str, module: nn.Module) -> list[Part]:
     if isinstance(module, bert.BertModel):
-        return [*_layout(path, module), *_parts(path, module)]
+        parts = [] if upstream.unknown(module, "BertModel") else _parts(path, module)
+        return [*_layout(path, module), *parts]
     if isinstance(module, _HuggingFaceBertModel):
         return [Part(path, "BertModel", "Hugging Face", "fastbert.accelerate(model) has not been called on it")]
     return []
@@ -85,11 +86,10 @@ def _layout(path: str, model: bert.BertModel) -> list[Part]:
 
 
 def _parts(path: str, model: bert.BertModel) -> list[Part]:
-    weight = model.embeddings.LayerNorm.weight
     config = model.config
     training = model.training
     hidden_p, probs_p = (config.hidden_dropout_prob, config.attention_probs_dropout_prob) if training else (0.0, 0.0)
-    hidden = select.Request(weight.device.type, weight.dtype, float(hidden_p))
+    hidden = select.Request(model.device.type, model.dtype, float(hidden_p))
     attention = dataclasses.replace(
         hidden, dropout_p=float(probs_p), head_size=config.hidden_size // config.num_attention_heads
     )
@@ -121,7 +121,7 @@ def _parts(path: str, model: bert.BertModel) -> list[Part]:
         )
         if not training and not layout_reason:
             with torch.no_grad():
-                divided = layer.divided(weight)
+                divided = layer.divided(torch.empty(1, config.hidden_size, dtype=model.dtype, device=model.device))
             rows.append(
                 Part(where, "its parts", "one by one" if divided else "one call", divided or "by the extension")
             )

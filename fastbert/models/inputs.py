@@ -15,6 +15,10 @@ from transformers import BertConfig
 _ID_DTYPES = (torch.int64, torch.int32)
 
 
+class EmptyBatchError(ValueError, RuntimeError):
+    """There are no tokens. Hugging Face raises RuntimeError there, so callers that catch either are served."""
+
+
 def boolean_4d(mask: Tensor | None, attn_implementation: str, dtype: torch.dtype) -> Tensor | None:
     """Give a 0/1 or boolean 4-D mask one meaning, "attend where set"; other masks are returned as they are.
 
@@ -27,6 +31,16 @@ def boolean_4d(mask: Tensor | None, attn_implementation: str, dtype: torch.dtype
     if attn_implementation != "eager":
         return mask
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def broadcast_2d(mask: Tensor | None, embedded: Tensor | None) -> Tensor | None:
+    """A mask ``[S]`` or ``[1, S]`` for every row of ``embedded`` (``[B, S, ...]``); other masks as they are."""
+    if mask is None or embedded is None or embedded.dim() < 2 or mask.dim() not in (1, 2):
+        return mask
+    batch, seqlen = embedded.shape[:2]
+    if mask.shape[-1] == seqlen and (mask.dim() == 1 or (mask.shape[0] == 1 and batch > 1)):
+        return mask.expand(batch, seqlen)
+    return mask
 
 
 def check(
@@ -42,12 +56,12 @@ def check(
     Args:
         config: its ``vocab_size``, ``type_vocab_size``, ``max_position_embeddings`` and ``hidden_size`` are the limits.
         input_ids: int32 or int64 ``[B, S]``; or None with ``inputs_embeds`` ``[B, S, H]``.
-        attention_mask: None, ``[B, S]`` or ``[B or 1, A or 1, S, S]``.
+        attention_mask: None, ``[B, S]`` (see ``broadcast_2d``) or ``[B or 1, A or 1, S, S]``.
         token_type_ids, position_ids: int32 or int64, broadcastable to ``[B, S]``.
 
     Raises:
         TypeError: ids that aren't integers.
-        ValueError: a shape, or a length over ``max_position_embeddings``.
+        ValueError: a shape, or a length over ``max_position_embeddings``; EmptyBatchError: no tokens.
         IndexError: an id outside its table.
     """
     if (input_ids is None) == (inputs_embeds is None):
@@ -67,7 +81,7 @@ def check(
             raise ValueError(f"inputs_embeds has {hidden} features; it must have hidden_size, {config.hidden_size}")
         name = "inputs_embeds"
     if batch == 0 or seqlen == 0:
-        raise ValueError(f"{name} has {batch} sequences of length {seqlen}; there must be at least one of each")
+        raise EmptyBatchError(f"{name} has {batch} sequences of length {seqlen}; there must be at least one of each")
     if position_ids is None:
         if seqlen > config.max_position_embeddings:
             raise ValueError(
@@ -104,7 +118,7 @@ def _check_broadcast(name: str, ids: Tensor, main: str, batch: int, seqlen: int)
 
 
 def _check_mask(mask: Tensor, main: str, batch: int, seqlen: int) -> None:
-    if mask.dim() == 2:
+    if mask.dim() in (1, 2):
         if mask.shape != (batch, seqlen):
             raise ValueError(
                 f"attention_mask has shape {tuple(mask.shape)}, and {main} {(batch, seqlen)}; they must match"
@@ -117,6 +131,6 @@ def _check_mask(mask: Tensor, main: str, batch: int, seqlen: int) -> None:
             )
     else:
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; it may be [batch, sequence] or "
+            f"attention_mask has shape {tuple(mask.shape)}; it may be [batch, sequence], [sequence] or "
             "[batch, heads, query, key] (a 3-D mask needs a head dimension: mask[:, None])"
         )

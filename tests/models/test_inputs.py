@@ -1,5 +1,7 @@
 """What a model is given: 4-D masks as in Hugging Face; for what can't be served, clear errors before anything runs."""
 
+import re
+
 import pytest
 import torch
 from models import twins
@@ -123,20 +125,35 @@ def test_boolean_4d_masks_in_other_precisions_case_5(dtype, implementation):
     assert error <= 2 * allowed_error + torch.finfo(dtype).eps * exact.abs().max()
 
 
-@pytest.mark.parametrize("shape", [(37,), (5, 37, 37), (5, 1, 1, 37, 37)])
+@pytest.mark.parametrize("shape", [(), (5, 37, 37), (5, 1, 1, 37, 37)])
 def test_masks_of_other_ranks_case_6(shape):
     inputs = twins.batch(kind="none")
     assert_refused(ValueError, "attention_mask has shape .*3-D mask needs", **inputs, attention_mask=torch.ones(shape))
 
 
 @pytest.mark.parametrize(
-    "shape", [(4, 37), (5, 36), (5, 38), (1, 37), (37, 5), (4, 1, 37, 37), (5, 1, 37, 36), (5, 1, 36, 37)]
+    "shape",
+    [(4, 37), (5, 36), (5, 38), (5, 1), (37, 5), (1, 36), (36,), (4, 1, 37, 37), (5, 1, 37, 36), (5, 1, 36, 37)],
 )
 @pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
 def test_masks_of_other_sizes_case_7(shape, given):
     inputs = {"input_ids": twins.batch()["input_ids"]} if given == "input_ids" else {given: torch.randn(5, 37, 64)}
-    named = "attention_mask has shape \\(" + ", ".join(map(str, shape)) + f"\\), and {given} \\(5, 37\\)"
+    named = re.escape(f"attention_mask has shape {shape}, and {given} (5, 37)")
     assert_refused(ValueError, named, **inputs, attention_mask=torch.ones(shape))
+
+
+@pytest.mark.parametrize("shape", [(37,), (1, 37)])
+@pytest.mark.parametrize("name", ["BertModel", "BertForQuestionAnswering"])
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_one_mask_for_all_rows_case_61(shape, name, given):
+    inputs = {"input_ids": twins.batch()["input_ids"]} if given == "input_ids" else {given: torch.randn(5, 37, 64)}
+    mask = torch.ones(37)
+    mask[29:] = 0
+    reference, fast = twins.twins(name)
+    with torch.no_grad():
+        expected = reference(**inputs, attention_mask=mask.expand(5, 37))[0][:, :29]
+        found = fast(**inputs, attention_mask=mask.view(shape))[0][:, :29]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(0, 7), (3, 0), (0, 0)])
@@ -146,6 +163,8 @@ def test_empty_batches_case_11(shape, name):
     told = f"has {shape[0]} sequences of length {shape[1]}; there must be at least one of each"
     empty = torch.zeros(shape, dtype=torch.int64)
     assert_refused(ValueError, f"input_ids {told}", model, input_ids=empty)
+    # What Hugging Face raises, and its callers catch.
+    assert_refused(RuntimeError, f"input_ids {told}", model, input_ids=empty)
     assert_refused(ValueError, f"input_ids {told}", model, input_ids=empty, attention_mask=torch.ones(shape))
     assert_refused(ValueError, f"inputs_embeds {told}", model, inputs_embeds=torch.randn(*shape, 64))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastbert.backends import extension
+from fastbert.backends import checks, extension
 
 _ALIGNMENT = 64
 
@@ -65,7 +65,13 @@ def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) ->
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, post: int) -> Tensor:
     x = x.contiguous()
     features, depth = weight.shape
+    if x.shape[-1] != depth:
+        raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be {depth}, the weight's")
     y = x.new_empty(*x.shape[:-1], features)
+    if bias is not None:
+        checks.shape("bias", bias, features)
+    if other is not None:
+        checks.shape("other", other, *y.shape)
     extension.module().linear_forward(
         x.data_ptr(),
         weight.data_ptr(),

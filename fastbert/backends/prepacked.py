@@ -77,7 +77,7 @@ def missing(dtype: torch.dtype) -> str | None:
 
 def kernels(linears: Sequence[nn.Linear]) -> ModuleType:
     """The module whose functions multiply by the prepacked weights of ``linears``, side by side."""
-    features, depth = sum(linear.out_features for linear in linears), linears[0].in_features
+    features, depth = sum(linear.weight.shape[0] for linear in linears), linears[0].weight.shape[1]
     if host_linear.missing(linears[0].weight.dtype) is None and host_linear.fits(features, depth):
         return host_linear
     return onednn

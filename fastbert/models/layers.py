@@ -62,6 +62,33 @@ def unusual(module: nn.Module, kind: type[nn.Module]) -> str | None:
         for name, parameter in module._parameters.items():
             if parameter is not None and type(parameter) not in (nn.Parameter, Tensor):
                 return f"its {name} is a {type(parameter).__name__}"
+    if kind is nn.Linear:
+        return _irregular_linear(module)
+    if kind is nn.LayerNorm:
+        return _irregular_norm(module)
+    return None
+
+
+def _irregular_linear(linear: Any) -> str | None:
+    """Why the tensors of a Linear aren't those of a product and a bias for each of its columns, in one sentence."""
+    weight, bias = linear.weight.shape, linear.bias
+    if len(weight) != 2:
+        return f"its weight has shape {tuple(weight)}"
+    if bias is not None and bias.shape != weight[:1]:
+        return f"its bias has shape {tuple(bias.shape)}, and its weight {tuple(weight)}"
+    return None
+
+
+def _irregular_norm(norm: Any) -> str | None:
+    """Why the tensors of a LayerNorm aren't a weight and a bias for each feature of a row, in one sentence."""
+    weight, bias = norm.weight, norm.bias
+    if weight is None or bias is None:
+        return "it has no weight or no bias"
+    if len(norm.normalized_shape) != 1 or not weight.shape == bias.shape == norm.normalized_shape:
+        return (
+            f"its weight has shape {tuple(weight.shape)}, its bias {tuple(bias.shape)}, and its normalized_shape is "
+            f"{tuple(norm.normalized_shape)}"
+        )
     return None
 
 
@@ -127,8 +154,17 @@ def _dense_dropout_residual_norm(module: Any, hidden_states: Tensor, residual: T
     )
 
 
-def _norm_reason(module: Any) -> str | None:
-    return unusual(module.LayerNorm, nn.LayerNorm) or unusual(module.dropout, nn.Dropout)
+def _norm_reason(module: Any, before: nn.Module) -> str | None:
+    """Why dropout and LayerNorm can't run as one op after ``before``, in one sentence; None when they can."""
+    norm, weight = module.LayerNorm, before.weight
+    if reason := unusual(norm, nn.LayerNorm) or unusual(module.dropout, nn.Dropout):
+        return reason
+    if isinstance(weight, Tensor) and weight.is_floating_point():
+        # torch takes parameters of the dtype of the states, and with those of 16 bits also of float32.
+        dtypes = {weight.dtype, torch.float32} if weight.itemsize <= 2 else {weight.dtype}
+        if not {norm.weight.dtype, norm.bias.dtype} <= dtypes:
+            return f"LayerNorm has {norm.weight.dtype} and {norm.bias.dtype}, and the weight before it {weight.dtype}"
+    return None
 
 
 def _gelu_reason(dense: nn.Module, activation: Any) -> str | None:
@@ -144,7 +180,7 @@ class BertEmbeddings(upstream.BertEmbeddings):
     def unfused(self) -> str | None:
         """Why the three lookups can't run as one op, in one sentence; None when they can."""
         tables = (self.word_embeddings, self.position_embeddings, self.token_type_embeddings)
-        return next((r for r in map(unusual_embedding, tables) if r), None) or _norm_reason(self)
+        return next((r for r in map(unusual_embedding, tables) if r), None) or _norm_reason(self, self.word_embeddings)
 
     def forward(
         self,
@@ -214,6 +250,8 @@ class BertSelfAttention(upstream.BertSelfAttention):
         for name in ("query", "key", "value"):
             if reason := unusual(getattr(self, name), nn.Linear):
                 return f"{name}: {reason}"
+        if not self.query.weight.shape == self.key.weight.shape == self.value.weight.shape:
+            return "query, key and value have weights of different shapes"
         biases = [self.query.bias, self.key.bias, self.value.bias]
         if any(b is None for b in biases) and any(b is not None for b in biases):
             return "only some of query, key and value have a bias"
@@ -231,8 +269,11 @@ class BertSelfAttention(upstream.BertSelfAttention):
         """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face."""
         if packing is None:
             return super().forward(hidden_states, *args, **kwargs)
+        # As Hugging Face's, by the size of a head: what the module says of their number may be stale.
+        qkv = self._project(hidden_states, projections)
+        heads = qkv.shape[1] // (3 * self.attention_head_size)
         context = ops.attention(
-            self._project(hidden_states, projections).view(-1, 3, self.num_attention_heads, self.attention_head_size),
+            qkv.view(-1, 3, heads, self.attention_head_size),
             packing.cu_seqlens,
             packing.max_seqlen,
             scale=self.scaling,
@@ -245,7 +286,11 @@ class BertSelfAttention(upstream.BertSelfAttention):
         """Query, key and value side by side: ``[T, H]`` -> ``[T, 3 * H]``."""
         linears = (self.query, self.key, self.value)
         if self.unfused():
-            return torch.cat([linear(hidden_states) for linear in linears], dim=-1)
+            found = [linear(hidden_states) for linear in linears]
+            if not found[0].shape == found[1].shape == found[2].shape:
+                shapes = ", ".join(str(tuple(one.shape)) for one in found)
+                raise ValueError(f"query, key and value have shapes {shapes}; they must be the same")
+            return torch.cat(found, dim=-1)
         if packed := _prepacked(self, hidden_states, *linears):
             return prepacked.linear(hidden_states, packed)
         if projections and (projection := projections.get(self)):
@@ -258,9 +303,12 @@ class BertSelfAttention(upstream.BertSelfAttention):
 class _ResidualOutput:
     """What ``BertSelfOutput`` and ``BertOutput`` share: dense, dropout, residual and LayerNorm."""
 
+    dense: nn.Linear
+    LayerNorm: nn.LayerNorm
+
     def unfused(self) -> str | None:
         """Why what follows the product can't run as one op, in one sentence; None when it can."""
-        return _norm_reason(self)
+        return _norm_reason(self, self.dense)
 
     def forward(self, hidden_states: Tensor, *args: Any, seed: Tensor | None = None, **kwargs: Any) -> Tensor:
         """``[..., H or I]`` and the residual ``[..., H]`` -> ``[..., H]``."""
@@ -268,6 +316,9 @@ class _ResidualOutput:
             unfused: Tensor = super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
             return unfused
         (input_tensor,) = args
+        if input_tensor.shape != (*hidden_states.shape[:-1], *self.LayerNorm.normalized_shape):
+            unfused = super().forward(hidden_states, input_tensor)  # type: ignore[misc]
+            return unfused
         return _dense_dropout_residual_norm(self, hidden_states, input_tensor, seed)
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 class Packing(NamedTuple):
     """Where the tokens of a batch are.
 
-    ``cu_seqlens`` is int32 ``[B + 1]``, ``max_seqlen`` at least the longest sequence. ``indices`` (int64 ``[T]``) holds
-    for each packed token its place in the flattened ``[B * S]`` batch; None stands for all of them in order.
-    ``valid`` (bool ``[B, S]``) is set when T counts padding too (the static size). ``shape`` is (B, S).
+    ``cu_seqlens`` is int32 ``[B + 1]``, contiguous; ``max_seqlen`` is at least the length of the longest sequence.
+    ``indices`` (int64 ``[T]``) holds for each packed token its place in the flattened ``[B * S]`` batch; None stands
+    for all of them in order. ``valid`` (bool ``[B, S]``) is set when T counts padding too (the static size). ``shape``
+    is (B, S).
     """
 
     cu_seqlens: Tensor
@@ -52,10 +53,19 @@ def full(batch: int, seqlen: int, device: torch.device) -> Packing:
 
 
 def from_sequences(cu_seqlens: Tensor, max_seqlen: int | None, tokens: int) -> Packing:
-    """The packing of a batch of one row that holds ``tokens`` tokens of several sequences, one after the other."""
+    """The packing of a batch of one row that holds ``tokens`` tokens of several sequences, one after the other.
+
+    Raises:
+        TypeError: ``cu_seqlens`` holds no integers.
+        ValueError: it has no dimension or several, or no element.
+    """
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seq_lens_q has dtype {cu_seqlens.dtype}; it must be torch.int32 or torch.int64")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)}; it must be [sequences + 1]")
     if max_seqlen is None:
-        max_seqlen = int(cu_seqlens.diff().max())
-    return Packing(cu_seqlens.to(torch.int32), max_seqlen, None, None, (1, tokens))
+        max_seqlen = int(cu_seqlens.diff().max()) if cu_seqlens.shape[0] > 1 else 0
+    return Packing(cu_seqlens.to(torch.int32).contiguous(), max_seqlen, None, None, (1, tokens))
 
 
 def from_mask_static(mask: Tensor) -> Packing:

@@ -36,12 +36,19 @@ def reason(layer: Any, x: Tensor) -> str | None:
     if any(dropout.p > 0.0 and dropout.training for dropout in dropouts):
         return "one call for all of it has no dropout"
     norms = (layer.attention.output.LayerNorm, layer.output.LayerNorm)
-    dtypes = {p.dtype for norm in norms for p in (norm.weight, norm.bias) if p is not None}
-    if any(norm.weight is None or norm.bias is None for norm in norms) or dtypes not in ({x.dtype}, {torch.float32}):
-        return f"a LayerNorm has no bias, or parameters that aren't all {x.dtype} or all torch.float32"
-    hidden, features = x.shape[-1], layer.intermediate.dense.out_features
+    dtypes = {p.dtype for norm in norms for p in (norm.weight, norm.bias)}
+    if dtypes not in ({x.dtype}, {torch.float32}):
+        return f"the parameters of the LayerNorms aren't all {x.dtype} or all torch.float32"
+    hidden, features = x.shape[-1], layer.intermediate.dense.weight.shape[0]
     if not (host_linear.fits(hidden, hidden) and host_linear.fits(features, hidden)):
         return f"a size is no multiple of {extension.module().LINEAR_MULTIPLE}"
+    # What the call reads and writes follows from these sizes, so every tensor must have them.
+    square, up, down = (hidden, hidden), (features, hidden), (hidden, features)
+    expected = (square, square, square, square, up, down)
+    if hidden % attention.attention_head_size != 0 or any(norm.weight.shape != (hidden,) for norm in norms):
+        return f"the heads or the LayerNorms aren't those of {hidden} features"
+    if any(linear.weight.shape != shape for linear, shape in zip(_linears(layer), expected, strict=True)):
+        return f"a weight hasn't the shape that {hidden} features and {features} in between give it"
     if unsupported := prepacked.unsupported(x, _linears(layer)):
         return unsupported
     return None
@@ -53,24 +60,28 @@ def forward(layer: Any, x: Tensor, packing: Packing, approximate: str, workspace
     packed = [prepacked.pack(owner, linears) for owner, linears in _owners(layer)]
     norms = (layer.attention.output.LayerNorm, layer.output.LayerNorm)
     rows, hidden = x.shape
-    features, heads = layer.intermediate.dense.out_features, attention.num_attention_heads
+    features, heads = layer.intermediate.dense.weight.shape[0], hidden // attention.attention_head_size
     columns = module.encoder_layer_scratch(hidden, features)
     scratch = workspace.get("scratch")
     if scratch is None or scratch.numel() != rows * columns:
         scratch = workspace["scratch"] = x.new_empty(rows * columns)
-        workspace["lse"] = x.new_empty(heads * rows, dtype=torch.float32)
-    x, y = x.contiguous(), torch.empty_like(x)
+    # Layers may differ in their number of heads.
+    lse = workspace.get("lse")
+    if lse is None or lse.numel() < heads * rows:
+        lse = workspace["lse"] = x.new_empty(heads * rows, dtype=torch.float32)
+    parameters = [p.contiguous() for norm in norms for p in (norm.weight, norm.bias)]
+    x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
     done = module.encoder_layer_forward(
         x.data_ptr(),
         y.data_ptr(),
         packing.cu_seqlens.data_ptr(),
         [address for one in packed for address in (one.weight.data_ptr(), extension.address(one.bias))],
-        [address for norm in norms for address in (norm.weight.data_ptr(), norm.bias.data_ptr())],
+        [parameter.data_ptr() for parameter in parameters],
         norms[0].weight.dtype == torch.float32,
         [norm.eps for norm in norms],
         module.POST_GELU_ERF if approximate == "none" else module.POST_GELU_TANH,
         scratch.data_ptr(),
-        workspace["lse"].data_ptr(),
+        lse.data_ptr(),
         rows,
         packing.cu_seqlens.shape[0] - 1,
         packing.max_seqlen,

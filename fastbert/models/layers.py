@@ -132,7 +132,8 @@ def dropout_p(dropout: nn.Dropout) -> float:
 
 
 def _prepacked(owner: nn.Module, x: Tensor, *linears: nn.Linear) -> prepacked.PackedLinear | None:
-    if prepacked.unsupported(x, linears):
+    # In training mode a forward without gradients has to equal one with them bit for bit: some embed the batch again.
+    if owner.training or prepacked.unsupported(x, linears):
         prepacked.drop(owner)
         return None
     return prepacked.pack(owner, linears)
@@ -427,12 +428,14 @@ class BertLayer(upstream.BertLayer):
         if seeds is not None:
             first = 1 + SEEDS_PER_LAYER * self.attention.self.layer_idx
             seeds = seeds[first : first + SEEDS_PER_LAYER]
-        if torch.is_grad_enabled() and not (torch.compiler.is_compiling() or unserved(hidden_states) or self.unfused()):
+        differentiable = torch.is_grad_enabled() or self.training
+        if differentiable and not (torch.compiler.is_compiling() or unserved(hidden_states) or self.unfused()):
             context, _ = self.attention.self(
                 hidden_states, packing=packing, seed=_at(seeds, 0), projections=projections
             )
             parameters = self._parameters_after_attention()
-            if any(x is not None and x.requires_grad for x in (context, hidden_states, *parameters)):
+            # In training mode always, so that a forward without gradients equals one with them bit for bit.
+            if self.training or any(x is not None and x.requires_grad for x in (context, hidden_states, *parameters)):
                 return self._after_attention(context, hidden_states, parameters, seeds)
             attention_output = self.attention.output(context, hidden_states, seed=_at(seeds, 1))
         else:
@@ -441,6 +444,8 @@ class BertLayer(upstream.BertLayer):
 
     def divided(self, x: Tensor) -> str | None:
         """Why the parts run one by one on states like ``x``, in one sentence; None when they are one call."""
+        if self.training:
+            return "in training mode a layer runs its parts, as it does where gradients are needed"
         if reason := whole_layer.unserved(x) or self.unfused():
             return reason
         attend: Any = self.attention.self

@@ -412,3 +412,22 @@ def test_second_derivatives_raise():
     assert torch.equal(gradient, expected)
     with pytest.raises(RuntimeError, match=r"fastbert\.ops\.\w+ has no second derivative"):
         gradient.square().sum().backward()
+
+
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 160}])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"], ids=str)
+@pytest.mark.parametrize("kind", ["none", "right", "left"])
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForQuestionAnswering"])
+def test_a_forward_without_gradients_equals_one_with_them_case_57(name, kind, dtype, dropout, sizes):
+    """Bit for bit, in training mode from the same random state: GradCache embeds a batch twice and needs that."""
+    fast = twins.twins(name, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, **sizes)[1].train()
+    if dtype == torch.bfloat16:
+        fast.to(dtype)
+    found = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        torch.manual_seed(7)
+        with mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+            found.append(fast(**twins.batch(kind=kind))[0].detach())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

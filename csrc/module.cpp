@@ -22,6 +22,7 @@
 #include "common/simd.h"
 #include "encoder_layer/encoder_layer.h"
 #include "linear/amx.h"
+#include "linear/checksum.h"
 #include "linear/simd.h"
 
 namespace py = pybind11;
@@ -324,6 +325,24 @@ void linear_forward(std::uintptr_t x, std::uintptr_t packed, std::uintptr_t bias
   });
 }
 
+const linear::Rows* matrices_of(std::uintptr_t matrices, int64_t count) {
+  check_at_least("count", count, 0);
+  if (count > 0) check_address("matrices", matrices);
+  const auto* rows = pointer<const linear::Rows>(matrices);
+  for (int64_t i = 0; i < count; ++i) {
+    check_at_least("rows", rows[i].rows, 0);
+    if (rows[i].rows == 0) continue;
+    check_at_least("row_bytes", rows[i].row_bytes, 2);
+    if (rows[i].row_bytes % 2 != 0) {
+      throw std::invalid_argument("row_bytes is " + std::to_string(rows[i].row_bytes) + "; it must be even");
+    }
+    for (const auto address : {rows[i].address, rows[i].ends, rows[i].checksums}) {
+      check_address("one of the addresses of a matrix", static_cast<std::uintptr_t>(address));
+    }
+  }
+  return rows;
+}
+
 bool attention_forward(std::uintptr_t qkv, std::uintptr_t cu_seqlens, std::uintptr_t out, std::uintptr_t lse,
                        int64_t rows, int64_t sequences, int64_t heads, int64_t size, int64_t max_seqlen, float scale,
                        int instructions, int num_threads) {
@@ -472,6 +491,28 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("linear_forward", &linear_forward, arg("x"), arg("packed"), arg("bias"), arg("other"), arg("y"), arg("rows"),
         arg("depth"), arg("features"), arg("post"), arg("instructions"), arg("num_threads"),
         "y = post(x [rows, depth] times the packed weight + bias), in the dtype of linear_pack.");
+
+  m.attr("CHECKSUM_TURNS") = linear::kTurns;
+  m.def("checksums_remember",
+        [](std::uintptr_t matrices, int64_t count) {
+          const auto* rows = matrices_of(matrices, count);
+          const py::gil_scoped_release release;
+          for (int64_t i = 0; i < count; ++i) linear::remember(rows[i]);
+        },
+        arg("matrices"), arg("count"),
+        "matrices is int64 [count, 5]: address, rows, bytes of a row, and the addresses of one uint32 and one uint64 for "
+        "each row, which are filled.");
+  m.def("checksums_unchanged",
+        [](std::uintptr_t matrices, int64_t count, int64_t turn, int num_threads) {
+          check_at_least("turn", turn, 0);
+          check_at_least("num_threads", num_threads, 1);
+          const auto* rows = matrices_of(matrices, count);
+          const py::gil_scoped_release release;
+          return linear::unchanged(rows, count, turn, num_threads);
+        },
+        arg("matrices"), arg("count"), arg("turn"), arg("num_threads"),
+        "Whether matrices are what they were when they were remembered: changed rows and columns are seen at once, and an "
+        "element within CHECKSUM_TURNS turns.");
 
   m.def("encoder_layer_scratch",
         [](int64_t hidden, int64_t features) {

@@ -23,7 +23,7 @@ from fastbert.models.bert import (
     BertLMHeadModel,
     BertModel,
 )
-from fastbert.models.convert import accelerate, patch, patched, unpatch
+from fastbert.models.convert import accelerate, patch, patched, refresh, unpatch
 from fastbert.models.explain import explain
 from fastbert.models.graphs import cuda_graphs
 from fastbert.models.masked_autoencoder import BertForMaskedAutoencoding
@@ -51,5 +51,6 @@ __all__ = [
     "ops",
     "patch",
     "patched",
+    "refresh",
     "unpatch",
 ]

@@ -1,8 +1,10 @@
 """Linear layers of CPU inference: matrix products with prepacked weights and fused post-operations.
 
 The packed copy of a weight is private: it is held here, keyed on the module that owns the weight, never saved, and
-rebuilt when the weight has changed. ``backends/host_linear.py`` multiplies by it where it can, otherwise
-``backends/onednn.py``.
+rebuilt when the weight has changed. Changes that torch counts are seen at once. Others (through ``.data``, or an array
+of numpy that shares the memory) are looked for at each use: those of a row, a column or a bias are seen at once, and
+those of single elements within ``FORWARDS_TO_READ_ALL`` uses, since so many read the whole weight.
+``backends/host_linear.py`` multiplies by it where it can, otherwise ``backends/onednn.py``.
 """
 
 from __future__ import annotations
@@ -16,10 +18,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastbert.backends import host_linear, onednn
+from fastbert.backends import extension, host_linear, onednn
 
-# Writes through ``.data`` leave a tensor's version counter alone, so a few of its elements are compared as well.
-_SAMPLES = 64
+# As many as csrc/linear/checksum.h takes turns.
+FORWARDS_TO_READ_ALL = 64
 
 
 class PackedLinear(NamedTuple):
@@ -30,19 +32,40 @@ class PackedLinear(NamedTuple):
     kernels: ModuleType
 
 
-class _Entry(NamedTuple):
-    """What a packed weight was made of. ``views`` are strided views of the parameters, ``samples`` what they held.
+class _Checksums:
+    """What parameters held: one element and a checksum of each row, a vector being one row."""
 
-    The views keep the parameters' memory, so that an address in ``stamp`` can't come to mean another tensor.
-    """
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        matrices = [p.detach().reshape(-1, p.shape[-1]) for p in parameters]
+        rows = sum(matrix.shape[0] for matrix in matrices)
+        ends, checksums = torch.empty(rows, dtype=torch.int32), torch.empty(rows, dtype=torch.int64)
+        # The parameters' memory is kept with the rest, so that an address can't come to mean another tensor.
+        self._kept = (matrices, ends, checksums)
+        table, first = [], 0
+        for matrix in matrices:
+            count, columns = matrix.shape
+            places = (ends[first:].data_ptr(), checksums[first:].data_ptr())
+            table.append([matrix.data_ptr(), count, columns * matrix.itemsize, *places])
+            first += count
+        self._table = torch.tensor(table)
+        self._turn = 0
+        extension.module().checksums_remember(self._table.data_ptr(), len(table))
+
+    def unchanged(self) -> bool:
+        """Whether the parameters are what they were, as far as can be seen at this turn."""
+        self._turn += 1
+        same: bool = extension.module().checksums_unchanged(
+            self._table.data_ptr(), self._table.shape[0], self._turn, torch.get_num_threads()
+        )
+        return same
+
+
+class _Entry(NamedTuple):
+    """What a packed weight was made of."""
 
     stamp: tuple[object, ...]
-    views: tuple[Tensor, ...]
-    samples: tuple[Tensor, ...]
+    checksums: _Checksums
     packed: PackedLinear
-
-    def holds(self, stamp: tuple[object, ...]) -> bool:
-        return self.stamp == stamp and all(map(torch.equal, self.views, self.samples))
 
 
 _entries: WeakKeyDictionary[nn.Module, _Entry] = WeakKeyDictionary()
@@ -63,6 +86,8 @@ def unsupported(x: Tensor, linears: Sequence[nn.Linear]) -> str | None:
     for parameter in parameters:
         if parameter.dtype != x.dtype:
             return f"the input is {x.dtype} and a weight or bias {parameter.dtype}"
+        if not parameter.is_contiguous():
+            return "a weight isn't contiguous"
         if parameter.is_inference():
             return "a weight was made in inference mode, where torch doesn't tell whether it has changed"
     if x.numel() == 0:
@@ -71,8 +96,11 @@ def unsupported(x: Tensor, linears: Sequence[nn.Linear]) -> str | None:
 
 
 def missing(dtype: torch.dtype) -> str | None:
-    """Why no weight of ``dtype`` can be prepacked, in one sentence; None when it can."""
-    return onednn.missing(dtype)
+    """Why no weight of ``dtype`` can be prepacked, in one sentence; None when it can.
+
+    The extension is needed even where oneDNN multiplies: it tells whether a weight has changed.
+    """
+    return extension.missing() or onednn.missing(dtype)
 
 
 def kernels(linears: Sequence[nn.Linear]) -> ModuleType:
@@ -87,20 +115,21 @@ def pack(owner: nn.Module, linears: Sequence[nn.Linear]) -> PackedLinear:
     """The prepacked weight of one linear layer, or of several side by side (their outputs are concatenated).
 
     The copy belongs to ``owner`` and is rebuilt if a weight or bias has another address, dtype, shape or version
-    counter than before, or if one of a few sampled elements differs.
+    counter than before, or if what is read of its elements at this use differs.
     """
     parameters = _parameters(linears)
     stamp = tuple([(p.data_ptr(), p._version, p.dtype, p.shape) for p in parameters])
     entry = _entries.get(owner)
-    if entry is not None and entry.holds(stamp):
+    if entry is not None and entry.stamp == stamp and entry.checksums.unchanged():
         return entry.packed
     with torch.no_grad(), _lock:
+        # Before the weight is read: a change in between must be seen next time.
+        checksums = _Checksums(parameters)
         weight = torch.cat([linear.weight.detach() for linear in linears])
         bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
         chosen = kernels(linears)
         packed = PackedLinear(chosen.pack(weight), bias, chosen)
-        views = tuple(p.detach().reshape(-1)[:: _sample_step(p)] for p in parameters)
-        _entries[owner] = _Entry(stamp, views, tuple(view.clone() for view in views), packed)
+        _entries[owner] = _Entry(stamp, checksums, packed)
     return packed
 
 
@@ -111,6 +140,12 @@ def drop(owner: nn.Module) -> None:
     """
     if not torch.compiler.is_compiling():
         _entries.pop(owner, None)
+
+
+def refresh(root: nn.Module) -> None:
+    """Forget the prepacked weights of all modules below ``root``."""
+    for module in root.modules():
+        drop(module)
 
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
@@ -133,8 +168,3 @@ def linear_add(x: Tensor, packed: PackedLinear, other: Tensor) -> Tensor:
 
 def _parameters(linears: Sequence[nn.Linear]) -> list[Tensor]:
     return [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
-
-
-def _sample_step(parameter: Tensor) -> int:
-    """The distance of samples in a flattened parameter: off whole rows by the golden section, to meet all columns."""
-    return max(1, parameter.numel() // _SAMPLES - round(0.382 * parameter.shape[-1]))

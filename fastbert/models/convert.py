@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 from transformers.models.bert import modeling_bert
 
+from fastbert.backends import prepacked
 from fastbert.models import bert, upstream
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -49,6 +50,16 @@ def accelerate(model: _Model, strict: bool = False) -> _Model:
             told = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
             raise ValueError(f"no BERT in model can be packed: {told}")
     return model
+
+
+def refresh(model: nn.Module) -> None:
+    """Make the next forward of ``model`` see every change of a weight.
+
+    Inference on a CPU multiplies by reordered copies of the weights, which follow what torch counts as a change and any
+    edit of a row, a column or a bias. An edit of single elements that torch doesn't see (through ``.data``, or an array
+    of numpy that shares the memory) may take up to 64 forwards to be seen; call this after one.
+    """
+    prepacked.refresh(model)
 
 
 def patch() -> None:

@@ -461,4 +461,9 @@ def fuse(root: nn.Module) -> list[str]:
         changed.append(path)
         if isinstance(module, BertPreTrainedModel):
             upstream.register_outputs(module)
+    for model in root.modules():
+        if isinstance(model, BertPreTrainedModel):
+            for part in model.modules():
+                if isinstance(part, layers.CONFIGURED):
+                    part.config = model.config
     return changed

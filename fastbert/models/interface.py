@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastbert import ops
+from fastbert.backends import transforms
 from fastbert.models import packing, upstream
 
 NAME = "fastbert"
@@ -62,7 +63,8 @@ def attention(
     """
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     whole = query.shape == key.shape == value.shape and (attention_mask is None or attention_mask.dim() == 2)
-    if not whole or (causal and attention_mask is None) or kwargs.get("position_bias") is not None:
+    elsewhere = (causal and attention_mask is None) or kwargs.get("position_bias") is not None or transforms.active()
+    if not whole or elsewhere:
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, None, None, :]
         output: Tensor = upstream.sdpa_attention_forward(

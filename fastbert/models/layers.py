@@ -1,8 +1,9 @@
 """The parts of a BERT layer with their computations fused: subclasses of Hugging Face's, with the same tree.
 
-Each of them keeps its parent's modules, parameters and name, and adds no state, so a loaded model is converted by
-changing the classes of its modules. Called as Hugging Face calls it, on padded ``[B, S, H]`` states, a part fuses what
-it can and gives its parent's result. Called with a ``Packing`` it works on packed ``[T, H]`` states.
+Each of them keeps its parent's modules, parameters and name. A loaded model is converted by changing the classes of its
+modules; those of ``CONFIGURED`` are told the model's configuration. Called as Hugging Face calls it, on padded
+``[B, S, H]`` states, a part fuses what it can and gives its parent's result. Called with a ``Packing`` it works on
+packed ``[T, H]`` states.
 
 A module is bypassed, its weight used directly, only when it is exactly what it looks like: no subclass, no hook, no
 replaced ``forward``, no quantised or sharded weight. Otherwise it is called.
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import BertConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from fastbert import ops
-from fastbert.backends import prepacked
+from fastbert.backends import prepacked, transforms
 from fastbert.models import after_attention, upstream, whole_layer
 from fastbert.models.joined import Projection
 from fastbert.models.packing import Packing
@@ -118,6 +120,19 @@ def unserved(x: Tensor) -> str | None:
         return f"the ops compute in floating point, and the dtype is {x.dtype}"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace can't record the ops"
+    if transforms.active():
+        return "torch.func or forward-mode differentiation is at work, and the ops have reverse mode only"
+    return None
+
+
+def _stock_asked_for(module: Any) -> str | None:
+    """Why Hugging Face's own code must run, in one sentence; None when it needn't.
+
+    Its eager attention serves second derivatives and forward mode, so all of the model has to.
+    """
+    config = module.config
+    if config is not None and config._attn_implementation == "eager":
+        return "attn_implementation='eager' was asked for"
     return None
 
 
@@ -304,12 +319,13 @@ class BertSelfAttention(upstream.BertSelfAttention):
 class _ResidualOutput:
     """What ``BertSelfOutput`` and ``BertOutput`` share: dense, dropout, residual and LayerNorm."""
 
+    config: BertConfig | None = None
     dense: nn.Linear
     LayerNorm: nn.LayerNorm
 
     def unfused(self) -> str | None:
         """Why what follows the product can't run as one op, in one sentence; None when it can."""
-        return _norm_reason(self, self.dense)
+        return _stock_asked_for(self) or _norm_reason(self, self.dense)
 
     def forward(self, hidden_states: Tensor, *args: Any, seed: Tensor | None = None, **kwargs: Any) -> Tensor:
         """``[..., H or I]`` and the residual ``[..., H]`` -> ``[..., H]``."""
@@ -349,9 +365,11 @@ class BertAttention(upstream.BertAttention):
 class BertIntermediate(upstream.BertIntermediate):
     """Dense and GELU."""
 
+    config: BertConfig | None = None
+
     def unfused(self) -> str | None:
         """Why product and activation can't run as one op, in one sentence; None when they can."""
-        return _gelu_reason(self.dense, self.intermediate_act_fn)
+        return _stock_asked_for(self) or _gelu_reason(self.dense, self.intermediate_act_fn)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., H]`` -> ``[..., I]``."""
@@ -368,9 +386,11 @@ class BertOutput(_ResidualOutput, upstream.BertOutput):
 class BertPredictionHeadTransform(upstream.BertPredictionHeadTransform):
     """Dense, GELU and LayerNorm in front of the vocabulary."""
 
+    config: BertConfig | None = None
+
     def unfused(self) -> str | None:
         """Why product and activation can't run as one op, in one sentence; None when they can."""
-        return _gelu_reason(self.dense, self.transform_act_fn)
+        return _stock_asked_for(self) or _gelu_reason(self.dense, self.transform_act_fn)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., H]`` -> ``[..., H]``."""
@@ -522,6 +542,8 @@ def _at(seeds: Tensor | None, index: int) -> Tensor | None:
     return None if seeds is None else seeds[index]
 
 
+# Those that fuse what they can for a padded batch, too. They are told of the model's configuration.
+CONFIGURED = (BertSelfOutput, BertIntermediate, BertOutput, BertPredictionHeadTransform)
 # The fused class of each of Hugging Face's parts.
 FUSED: dict[type[nn.Module], type[nn.Module]] = {
     getattr(upstream, part.__name__): part

@@ -256,6 +256,8 @@ def static_padded_reason(model: hf.BertModel) -> str | None:
         return "the configuration has is_causal=True"
     if config.output_attentions:
         return "the configuration has output_attentions=True, and packed attention never forms the probabilities"
+    if reason := layers.stock_asked_for(config):
+        return reason
     if config._attn_implementation not in ("sdpa", "fastbert"):
         return f"attn_implementation={config._attn_implementation!r} was asked for"
     if reason := _replaced_part(model):

@@ -125,14 +125,18 @@ def unserved(x: Tensor) -> str | None:
     return None
 
 
-def _stock_asked_for(module: Any) -> str | None:
-    """Why Hugging Face's own code must run, in one sentence; None when it needn't.
+def stock_asked_for(config: Any) -> str | None:
+    """Why all of a model must be Hugging Face's own code, in one sentence; None when it needn't.
 
-    Its eager attention serves second derivatives and forward mode, so all of the model has to.
+    Eager attention serves second derivatives and forward mode there. A program that ``torch.export`` makes goes to
+    runtimes that know torch's own operators only, unless fastbert's are asked for by name.
     """
-    config = module.config
-    if config is not None and config._attn_implementation == "eager":
+    if config is None:
+        return None
+    if config._attn_implementation == "eager":
         return "attn_implementation='eager' was asked for"
+    if transforms.exporting() and config._attn_implementation != "fastbert":
+        return "torch.export gets torch's own operators (attn_implementation='fastbert' gives it the fused ones)"
     return None
 
 
@@ -325,7 +329,7 @@ class _ResidualOutput:
 
     def unfused(self) -> str | None:
         """Why what follows the product can't run as one op, in one sentence; None when it can."""
-        return _stock_asked_for(self) or _norm_reason(self, self.dense)
+        return stock_asked_for(self.config) or _norm_reason(self, self.dense)
 
     def forward(self, hidden_states: Tensor, *args: Any, seed: Tensor | None = None, **kwargs: Any) -> Tensor:
         """``[..., H or I]`` and the residual ``[..., H]`` -> ``[..., H]``."""
@@ -369,7 +373,7 @@ class BertIntermediate(upstream.BertIntermediate):
 
     def unfused(self) -> str | None:
         """Why product and activation can't run as one op, in one sentence; None when they can."""
-        return _stock_asked_for(self) or _gelu_reason(self.dense, self.intermediate_act_fn)
+        return stock_asked_for(self.config) or _gelu_reason(self.dense, self.intermediate_act_fn)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., H]`` -> ``[..., I]``."""
@@ -390,7 +394,7 @@ class BertPredictionHeadTransform(upstream.BertPredictionHeadTransform):
 
     def unfused(self) -> str | None:
         """Why product and activation can't run as one op, in one sentence; None when they can."""
-        return _stock_asked_for(self) or _gelu_reason(self.dense, self.transform_act_fn)
+        return stock_asked_for(self.config) or _gelu_reason(self.dense, self.transform_act_fn)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., H]`` -> ``[..., H]``."""

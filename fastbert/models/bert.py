@@ -260,6 +260,8 @@ def static_padded_reason(model: hf.BertModel) -> str | None:
         return reason
     if config._attn_implementation not in ("sdpa", "fastbert"):
         return f"attn_implementation={config._attn_implementation!r} was asked for"
+    if config.layer_norm_eps == 0:
+        return "layer_norm_eps is 0, and a head's LayerNorm would divide by zero where padding has become zeros"
     if reason := _replaced_part(model):
         return reason
     return layers.unserved(model.embeddings.LayerNorm.weight) or _hooked_part(model)

@@ -7,7 +7,9 @@ import torch
 from models import twins
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.bert import modeling_bert as hf
 
+import fastbert
 from fastbert.backends import philox
 from fastbert.models import layers
 
@@ -431,3 +433,17 @@ def test_a_forward_without_gradients_equals_one_with_them_case_57(name, kind, dt
             found.append(fast(**twins.batch(kind=kind))[0].detach())
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])
+def test_an_eps_of_zero_case_61(name):
+    """As first made, biases are zero: a row of zeros stays one up to the head's LayerNorm."""
+    torch.manual_seed(0)
+    reference = getattr(hf, name)(twins.config(layer_norm_eps=0.0))
+    fast = getattr(fastbert, name)(twins.config(layer_norm_eps=0.0))
+    fast.load_state_dict(reference.state_dict())
+    for model in (reference, fast):
+        model(**twins.head_batch(name)).loss.backward()
+    for (path, p), (_, q) in zip(fast.named_parameters(), reference.named_parameters(), strict=True):
+        assert q.grad.isfinite().all()
+        torch.testing.assert_close(p.grad, q.grad, msg=path)

@@ -183,7 +183,7 @@ def _with(target: Target, options: Options) -> Any:
 
     def patched(kernel: str, shape_class: str) -> Options:
         if (kernel, shape_class) == (target.kernel, target.shape_class):
-            return dict(options)
+            return launch.fused(options)
         return original(kernel, shape_class)
 
     return mock.patch.object(launch, "options", patched)

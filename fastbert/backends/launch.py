@@ -23,10 +23,17 @@ def table() -> dict[str, dict[str, dict[str, dict[str, int]]]]:
 def options(kernel: str, shape_class: str) -> dict[str, int]:
     """The options of ``kernel`` for a class of shapes on the present device, a fresh dict.
 
+    With them goes that multiply-adds are fused: Triton's default for that is not the same in all versions.
+
     Raises:
         KeyError: the table has no such kernel or class.
     """
-    return dict(_options(kernel, shape_class, triton_utils.capability()))
+    return fused(_options(kernel, shape_class, triton_utils.capability()))
+
+
+def fused(options: dict[str, int]) -> dict[str, int]:
+    """``options`` with multiply-adds fused."""
+    return {**options, "enable_fp_fusion": True}
 
 
 def row_class(hidden: int) -> str:

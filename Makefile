@@ -1,22 +1,27 @@
-# demo | test | lint | bench: each sets up what it needs in .venv.
+# demo | test | lint | bench: each sets up what it needs in .venv, at the versions in requirements/lock.txt.
+# lock: renews those versions; HOLD names the packages that keep theirs.
 # gpu: builds for, and tests on, the GPUs of a machine whose PYTHON has torch; needs no network.
 #
-#   PYTHON  the interpreter of the virtual environment, 3.11 or later
-#   TORCH   what pip installs as torch; pip's own settings are honoured (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...)
+#   PYTHON  the interpreter of the virtual environment, 3.11 or later; for lock 3.11, so that pins fit the later ones
+#   HOLD    requirements in pip's form; torch===2.13.0 means the build with its CUDA libraries
+#
+# pip's own settings are honoured (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...).
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+HOLD ?= torch===2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PEERS := $(VENV)/peers
-TORCH_READY := $(VENV)/torch
+PIP_READY := $(VENV)/pip
 GPU_VENV := .venv-gpu
 # Machine code for the GPUs that are there; for all that are supported where there are none.
 GPU_BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 && echo -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native)
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+LOCK := requirements/lock.txt
+INSTALL := $(BIN)/python -m pip install --quiet --constraint $(LOCK) --build-constraint $(LOCK)
+SOURCES := pyproject.toml CMakeLists.txt $(LOCK) $(shell find csrc -type f)
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench lock gpu clean
 
 demo: $(READY)
 	$(BIN)/fastbert compare
@@ -42,19 +47,22 @@ gpu:
 	$(GPU_VENV)/bin/python -m pip install --quiet --no-index --no-deps --no-build-isolation $(GPU_BUILD) --editable .
 	$(GPU_VENV)/bin/python -m benchmarks.gpu
 
-# torch first, by itself: the version that the tests are run with, whatever else asks for one.
-$(TORCH_READY):
+lock: $(PIP_READY)
+	$(BIN)/python -m pip install --quiet packaging
+	$(BIN)/python requirements/lock.py $(HOLD)
+
+# pip first: the one that a new environment comes with may not know --build-constraint.
+$(PIP_READY): $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --upgrade pip
 	touch $@
 
-$(READY): $(SOURCES) | $(TORCH_READY)
-	$(BIN)/python -m pip install --quiet --editable ".[test,lint]"
+$(READY): $(SOURCES) | $(PIP_READY)
+	$(INSTALL) --editable ".[test,lint]"
 	touch $@
 
-$(PEERS): $(SOURCES) | $(TORCH_READY)
-	$(BIN)/python -m pip install --quiet --editable ".[bench,peers]"
+$(PEERS): $(SOURCES) | $(PIP_READY)
+	$(INSTALL) --editable ".[bench,peers]"
 	touch $@
 
 clean:

@@ -117,19 +117,21 @@ def test_sdist_holds_what_a_build_and_the_tests_need(sdist: Path) -> None:
         "CHANGELOG.md",
         "CMakeLists.txt",
         "LICENSE",
+        "Makefile",
         "PKG-INFO",
         "README.md",
         "fastbert/py.typed",
         "pyproject.toml",
+        "requirements/lock.txt",
     }
-    for folder in ("benchmarks", "csrc", "examples", "fastbert", "tests"):
+    for folder in ("benchmarks", "csrc", "examples", "fastbert", "requirements", "tests"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".cpp", ".cu", ".cuh", ".h", ".py"):
                 sources.add(str(path.relative_to(ROOT)))
     assert sources <= {str(file) for file in files}
 
-    tops = {"CHANGELOG.md", "CMakeLists.txt", "LICENSE", "PKG-INFO", "README.md", "csrc", "fastbert", "pyproject.toml"}
-    assert {file.parts[0] for file in files} <= tops | {"benchmarks", "examples", "tests"}
+    tops = {Path(source).parts[0] for source in sources}
+    assert {file.parts[0] for file in files} == tops
     assert not [file for file in files if {"figures", "results"} & set(file.parts)]
     assert not [file for file in files if "__pycache__" in file.parts or file.suffix in (".pyc", ".so")]
 

@@ -1,0 +1,81 @@
+"""The lock file pins all that ``make test`` installs, and ``make`` installs nothing without it."""
+
+import os
+import re
+import shutil
+import subprocess
+import tomllib
+
+import pytest
+from builds import LOCK, ROOT
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+# It builds for one torch and one CUDA only, so pip can't resolve it beside the others.
+NOT_LOCKED = {"flash-attn"}
+
+
+def settings() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def pins() -> dict[str, str]:
+    """Versions by canonical name; a line that is no plain pin fails."""
+    found = {}
+    for line in LOCK.read_text(encoding="utf-8").splitlines():
+        if line and not line.startswith("#"):
+            pin = re.fullmatch(r"([a-z0-9-]+)==([0-9a-z.]+)", line)
+            assert pin, f"{line!r} isn't NAME==VERSION, as it may be on every machine"
+            found[pin[1]] = pin[2]
+    return found
+
+
+def direct_requirements() -> list[Requirement]:
+    """What the package, its extras, its build and the Makefile ask for by name."""
+    project = settings()["project"]
+    groups = [project["dependencies"], settings()["build-system"]["requires"], ["pip"]]
+    groups += project["optional-dependencies"].values()
+    found = [Requirement(text) for group in groups for text in group]
+    return [r for r in found if canonicalize_name(r.name) not in NOT_LOCKED]
+
+
+def dry_run(target: str, path: str | None = None) -> list[str]:
+    """The commands that ``make`` would run in a fresh tree."""
+    environment = {**os.environ, "PATH": path or os.environ["PATH"]}
+    make = shutil.which("make")
+    assert make
+    result = subprocess.run(
+        [make, "--dry-run", "--always-make", "--directory", str(ROOT), target],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return result.stdout.replace("\\\n", " ").splitlines()
+
+
+def test_every_direct_requirement_is_pinned_within_its_bounds():
+    pinned = pins()
+    for requirement in direct_requirements():
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f"{name} is not pinned: `make lock`"
+        assert requirement.specifier.contains(pinned[name]), f"{name}=={pinned[name]} isn't {requirement}"
+
+
+def test_tools_of_the_build_are_pinned():
+    assert {"cmake", "ninja", "pybind11", "scikit-build-core", "pip"} <= pins().keys()
+
+
+def test_what_torch_brings_for_a_gpu_is_not_pinned():
+    """It is torch that pins it, otherwise for each platform."""
+    assert not [name for name in pins() if name.startswith(("nvidia-", "cuda-"))]
+
+
+@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench"])
+def test_make_installs_with_the_lock(target):
+    installs = [line for line in dry_run(target) if "pip install" in line]
+    assert installs
+    for line in installs:
+        assert "--constraint requirements/lock.txt" in line
+        # The pip that a new environment comes with may not know the other option.
+        assert "--build-constraint requirements/lock.txt" in line or line.endswith("--upgrade pip")

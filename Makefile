@@ -1,8 +1,10 @@
 # demo | test | lint | bench: each sets up what it needs in .venv, at the versions in requirements/lock.txt.
+# test-versions: tests with the oldest supported and the newest transformers, torch and Triton; ONLY names some.
 # lock: renews those versions; HOLD names the packages that keep theirs.
 # gpu: builds for, and tests on, the GPUs of a machine whose PYTHON has torch; needs no network.
 #
 #   PYTHON  the interpreter of the virtual environment, 3.11 or later; for lock 3.11, so that pins fit the later ones
+#   ONLY    parts of names, such as "transformers torch-oldest"
 #   HOLD    requirements in pip's form; torch===2.13.0 means the build with its CUDA libraries
 #
 # pip's own settings are honoured (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...).
@@ -21,7 +23,7 @@ LOCK := requirements/lock.txt
 INSTALL := $(BIN)/python -m pip install --quiet --constraint $(LOCK) --build-constraint $(LOCK)
 SOURCES := pyproject.toml CMakeLists.txt $(LOCK) $(shell find csrc -type f)
 
-.PHONY: demo test lint bench lock gpu clean
+.PHONY: demo test test-versions lint bench lock gpu clean
 
 demo: $(READY)
 	$(BIN)/fastbert compare
@@ -29,6 +31,9 @@ demo: $(READY)
 test: lint
 	$(BIN)/python -m pytest tests
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 tests/ops tests/models/test_kernels.py
+
+test-versions: $(READY)
+	$(BIN)/python tests/versions.py $(addprefix --only ,$(ONLY))
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -66,4 +71,4 @@ $(PEERS): $(SOURCES) | $(PIP_READY)
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) build dist
+	rm -rf $(VENV) $(GPU_VENV) .venv-versions build dist

@@ -149,7 +149,7 @@ def test_wheel_holds_nothing_but_the_package(host_wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"fastbert", f"fastbert-{fastbert.__version__}.dist-info"}
     suffixes = {Path(name).suffix for name in names if name.startswith("fastbert/")}
     assert suffixes == {".py", ".so", ".toml", ".typed"}
-    assert "fastbert/backends/launch.toml" in names
+    assert {"fastbert/backends/launch.toml", "fastbert/tested_versions.toml"} <= set(names)
     assert f"fastbert-{fastbert.__version__}.dist-info/licenses/LICENSE" in names
 
 

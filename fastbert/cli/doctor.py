@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 import fastbert  # registers the ops that select explains
+from fastbert._version import DISTRIBUTION
 from fastbert.backends import extension, host_linear, prepacked, select
 from fastbert.cli import machine, selftest
 
@@ -131,17 +133,30 @@ def _untested() -> list[str]:
     return found
 
 
+def _strangers() -> list[str]:
+    """The other project's package, whose files are in the folder of ours."""
+    try:
+        version = metadata.version("fastbert")
+    except metadata.PackageNotFoundError:
+        return []
+    return [
+        f"the package fastbert {version} is installed; that name is another project's on PyPI, and its files go where "
+        f"those of {DISTRIBUTION} are: `pip uninstall fastbert`, then `pip install --force-reinstall --no-deps .` in "
+        "fastbert's source tree"
+    ]
+
+
 def _range(tested: Sequence[str]) -> str:
     return tested[0] if len(tested) == 1 else f"{tested[0]} to {tested[-1]}"
 
 
 def _advice() -> list[str]:
-    advice = _untested()
+    advice = _strangers() + _untested()
     if torch.cuda.is_available():
         if extension.missing() is None and (reason := extension.missing_cuda()):
             advice.append(reason)
         if machine.versions()["triton"] is None:
-            advice.append("Triton is not installed, so GPUs do without its kernels: `pip install 'fastbert[gpu]'`")
+            advice.append("Triton is not installed, so GPUs do without its kernels: `pip install triton`")
     elif torch.version.cuda:
         advice.append(f"torch is built for CUDA {torch.version.cuda} and finds no GPU: everything runs on the CPU")
     elif _NVIDIA_DRIVER.exists():

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from importlib import metadata
 
 import pytest
 import torch
@@ -163,6 +164,27 @@ def test_tested_versions_are_told(healthy):
     for package, versions in found["tested_versions"].items():
         assert versions
         assert f"{package} {versions[0]}" in result.stdout
+
+
+def test_a_stranger_of_the_same_name_is_noticed(monkeypatch, tmp_path):
+    """Case 67."""
+    found = metadata.Distribution.from_name
+
+    def only_ours(name):
+        if name == "fastbert":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata.Distribution, "from_name", only_ours)
+        assert not [text for text in doctor.examine()["advice"] if "another project" in text]
+    folder = tmp_path / "fastbert-0.2.2.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: fastbert\nVersion: 0.2.2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (told,) = [text for text in doctor.examine()["advice"] if "another project" in text]
+    assert "fastbert 0.2.2 is installed" in told
+    assert "`pip uninstall fastbert`" in told
 
 
 def _layer_norm_problems():

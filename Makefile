@@ -13,19 +13,23 @@ PYTHON ?= python3
 HOLD ?= torch===2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/demo
 READY := $(VENV)/ready
 PEERS := $(VENV)/peers
 PIP_READY := $(VENV)/pip
 GPU_VENV := .venv-gpu
-# Machine code for the GPUs that are there; for all that are supported where there are none.
-GPU_BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 && echo -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native)
+# Machine code for the GPUs that are there. Where there are none, the demo does without; the tests read that of all
+# supported GPUs wherever they run.
+FOR_THIS_GPU := -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native
+GPU_BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 && echo $(FOR_THIS_GPU))
+DEMO_BUILD = $(or $(GPU_BUILD),-C cmake.define.FASTBERT_CUDA=OFF)
 LOCK := requirements/lock.txt
 INSTALL := $(BIN)/python -m pip install --quiet --constraint $(LOCK) --build-constraint $(LOCK)
 SOURCES := pyproject.toml CMakeLists.txt $(LOCK) $(shell find csrc -type f)
 
 .PHONY: demo test test-versions lint bench lock gpu clean
 
-demo: $(READY)
+demo: $(DEMO)
 	$(BIN)/fastbert compare
 
 test: lint
@@ -62,13 +66,18 @@ $(PIP_READY): $(LOCK)
 	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --upgrade pip
 	touch $@
 
-$(READY): $(SOURCES) | $(PIP_READY)
-	$(INSTALL) --editable ".[test,lint]"
+$(DEMO): $(SOURCES) | $(PIP_READY)
+	$(INSTALL) $(DEMO_BUILD) --editable ".[demo]"
 	touch $@
 
+# What these install and build serves the demo too.
+$(READY): $(SOURCES) | $(PIP_READY)
+	$(INSTALL) --editable ".[demo,test,lint]"
+	touch $(DEMO) $@
+
 $(PEERS): $(SOURCES) | $(PIP_READY)
-	$(INSTALL) --editable ".[bench,peers]"
-	touch $@
+	$(INSTALL) --editable ".[demo,bench,peers]"
+	touch $(DEMO) $@
 
 clean:
 	rm -rf $(VENV) $(GPU_VENV) .venv-versions build dist

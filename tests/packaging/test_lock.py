@@ -1,12 +1,8 @@
-"""The lock file pins all that ``make test`` installs, and ``make`` installs nothing without it."""
+"""The lock file pins all that ``make test`` installs."""
 
-import os
 import re
-import shutil
-import subprocess
 import tomllib
 
-import pytest
 from builds import LOCK, ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -39,21 +35,6 @@ def direct_requirements() -> list[Requirement]:
     return [r for r in found if canonicalize_name(r.name) not in NOT_LOCKED]
 
 
-def dry_run(target: str, path: str | None = None) -> list[str]:
-    """The commands that ``make`` would run in a fresh tree."""
-    environment = {**os.environ, "PATH": path or os.environ["PATH"]}
-    make = shutil.which("make")
-    assert make
-    result = subprocess.run(
-        [make, "--dry-run", "--always-make", "--directory", str(ROOT), target],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return result.stdout.replace("\\\n", " ").splitlines()
-
-
 def test_every_direct_requirement_is_pinned_within_its_bounds():
     pinned = pins()
     for requirement in direct_requirements():
@@ -69,13 +50,3 @@ def test_tools_of_the_build_are_pinned():
 def test_what_torch_brings_for_a_gpu_is_not_pinned():
     """It is torch that pins it, otherwise for each platform."""
     assert not [name for name in pins() if name.startswith(("nvidia-", "cuda-"))]
-
-
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "bench"])
-def test_make_installs_with_the_lock(target):
-    installs = [line for line in dry_run(target) if "pip install" in line]
-    assert installs
-    for line in installs:
-        assert "--constraint requirements/lock.txt" in line
-        # The pip that a new environment comes with may not know the other option.
-        assert "--build-constraint requirements/lock.txt" in line or line.endswith("--upgrade pip")

@@ -17,6 +17,7 @@ DEMO := $(VENV)/demo
 READY := $(VENV)/ready
 PEERS := $(VENV)/peers
 PIP_READY := $(VENV)/pip
+TORCH_READY := $(VENV)/torch
 GPU_VENV := .venv-gpu
 # Machine code for the GPUs that are there. Where there are none, the demo does without; the tests read that of all
 # supported GPUs wherever they run.
@@ -24,8 +25,9 @@ FOR_THIS_GPU := -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native
 GPU_BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 && echo $(FOR_THIS_GPU))
 DEMO_BUILD = $(or $(GPU_BUILD),-C cmake.define.FASTBERT_CUDA=OFF)
 LOCK := requirements/lock.txt
+TRITON := requirements/triton.txt
 INSTALL := $(BIN)/python -m pip install --quiet --constraint $(LOCK) --build-constraint $(LOCK)
-SOURCES := pyproject.toml CMakeLists.txt $(LOCK) $(shell find csrc -type f)
+SOURCES := pyproject.toml CMakeLists.txt $(LOCK) $(TRITON) $(shell find csrc -type f)
 
 .PHONY: demo test test-versions lint bench lock gpu clean
 
@@ -66,16 +68,22 @@ $(PIP_READY): $(LOCK)
 	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --upgrade pip
 	touch $@
 
+# Before what needs it: torch's builds with CUDA bring the Triton that they were released with, others bring none.
+$(TORCH_READY): $(LOCK) $(TRITON) | $(PIP_READY)
+	$(INSTALL) torch
+	$(BIN)/python -m pip show torch | grep -q '^Requires:.*triton' || $(INSTALL) --requirement $(TRITON)
+	touch $@
+
 $(DEMO): $(SOURCES) | $(PIP_READY)
 	$(INSTALL) $(DEMO_BUILD) --editable ".[demo]"
 	touch $@
 
 # What these install and build serves the demo too.
-$(READY): $(SOURCES) | $(PIP_READY)
+$(READY): $(SOURCES) | $(TORCH_READY)
 	$(INSTALL) --editable ".[demo,test,lint]"
 	touch $(DEMO) $@
 
-$(PEERS): $(SOURCES) | $(PIP_READY)
+$(PEERS): $(SOURCES) | $(TORCH_READY)
 	$(INSTALL) --editable ".[demo,bench,peers]"
 	touch $(DEMO) $@
 

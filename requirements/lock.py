@@ -1,4 +1,4 @@
-"""Renew lock.txt: pins of all that ``make`` installs, at the newest versions that go together.
+"""Renew lock.txt and triton.txt: pins of all that ``make`` installs, at the newest versions that go together.
 
     python requirements/lock.py torch===2.13.0
 
@@ -21,8 +21,10 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = Path(__file__).with_name("lock.txt")
 
-# torch pins these itself, otherwise for each platform.
-_TORCH_PINS = ("cuda-", "nvidia-")
+TRITON = Path(__file__).with_name("triton.txt")
+
+# torch's builds with CUDA pin these themselves.
+_TORCH_PINS = ("cuda-", "nvidia-", "triton")
 # flash-attn builds for one torch and one CUDA only.
 _EXTRAS_LEFT_OUT = ("flash",)
 
@@ -30,6 +32,7 @@ _HEAD = """\
 # Pins of all that `make` installs, its isolated builds included; `make lock` renews them.
 # For pip's --constraint and --build-constraint. pyproject.toml says which versions are supported.
 """
+_TRITON_HEAD = "# For a torch that brings no Triton of its own; `make lock` renews it.\n"
 
 
 def requirements(settings: dict[str, Any]) -> list[str]:
@@ -50,13 +53,13 @@ def resolve(wanted: list[str]) -> dict[str, str]:
     pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--report", "-"]
     result = subprocess.run([*pip, *wanted], stdout=subprocess.PIPE, text=True, check=False)
     if result.returncode:
-        raise SystemExit(f"pip can't resolve {', '.join(wanted)}: see above. {LOCK.name} stays as it was.")
+        raise SystemExit(f"pip can't resolve {', '.join(wanted)}: see above. No file was changed.")
     metadata = [item["metadata"] for item in json.loads(result.stdout)["install"]]
     return {canonicalize_name(one["name"]): Version(one["version"]).public for one in metadata}
 
 
 def main() -> None:
-    """Write lock.txt."""
+    """Write both files."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     here = ".".join(map(str, sys.version_info[:2]))
     if settings["project"]["requires-python"] != f">={here}":
@@ -66,8 +69,11 @@ def main() -> None:
         )
     pins = resolve([*requirements(settings), *sys.argv[1:]])
     lines = [f"{name}=={version}\n" for name, version in sorted(pins.items()) if not name.startswith(_TORCH_PINS)]
+    (triton,) = settings["project"]["optional-dependencies"]["gpu"]
+    version = resolve([triton])["triton"]
     LOCK.write_text(_HEAD + "".join(lines), encoding="utf-8")
-    print(f"{LOCK.relative_to(ROOT)} pins {len(lines)} packages")
+    TRITON.write_text(f"{_TRITON_HEAD}triton=={version};{triton.partition(';')[2]}\n", encoding="utf-8")
+    print(f"{LOCK.relative_to(ROOT)} pins {len(lines)} packages, {TRITON.relative_to(ROOT)} one")
 
 
 if __name__ == "__main__":

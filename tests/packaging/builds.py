@@ -13,6 +13,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCK = ROOT / "requirements" / "lock.txt"
+TRITON = ROOT / "requirements" / "triton.txt"
 
 
 class BuildError(Exception):

@@ -3,12 +3,12 @@
 import re
 import tomllib
 
-from builds import LOCK, ROOT
+from builds import LOCK, ROOT, TRITON
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-# It builds for one torch and one CUDA only, so pip can't resolve it beside the others.
-NOT_LOCKED = {"flash-attn"}
+# The first builds for one torch and one CUDA only; torch's builds with CUDA pin the other themselves.
+NOT_LOCKED = {"flash-attn", "triton"}
 
 
 def settings() -> dict:
@@ -48,5 +48,14 @@ def test_tools_of_the_build_are_pinned():
 
 
 def test_what_torch_brings_for_a_gpu_is_not_pinned():
-    """It is torch that pins it, otherwise for each platform."""
-    assert not [name for name in pins() if name.startswith(("nvidia-", "cuda-"))]
+    """It is torch that pins it, otherwise for each build: a pin of ours would make pip refuse the others."""
+    assert not [name for name in pins() if name.startswith(("nvidia-", "cuda-", "triton"))]
+
+
+def test_triton_is_pinned_for_a_torch_that_brings_none():
+    (line,) = (line for line in TRITON.read_text(encoding="utf-8").splitlines() if not line.startswith("#"))
+    pin = Requirement(line)
+    (wanted,) = map(Requirement, settings()["project"]["optional-dependencies"]["gpu"])
+    (version,) = pin.specifier
+    assert (pin.name, version.operator, pin.marker) == ("triton", "==", wanted.marker)
+    assert version.version in wanted.specifier

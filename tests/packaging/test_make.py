@@ -61,6 +61,15 @@ def test_the_demo_compiles_cuda_code_only_for_a_gpu(tmp_path):
     assert "-C cmake.define.CMAKE_CUDA_ARCHITECTURES=native" in line
 
 
+@pytest.mark.parametrize("target", ["test", "bench"])
+def test_triton_comes_with_torch_or_else_from_its_pin(target):
+    lines = dry_run(target)
+    torch = next(index for index, line in enumerate(lines) if line.endswith("requirements/lock.txt torch"))
+    assert lines[torch + 1].startswith(".venv/bin/python -m pip show torch | grep -q '^Requires:.*triton' || ")
+    assert lines[torch + 1].endswith("--requirement requirements/triton.txt")
+    assert torch + 1 < next(index for index, line in enumerate(lines) if "--editable" in line)
+
+
 @pytest.mark.parametrize("exit_code", [0, 1])
 def test_tests_have_the_cuda_code_of_every_gpu(tmp_path, exit_code):
     assert "cmake.define" not in package_install("test", nvidia_smi(tmp_path, exit_code))

@@ -1,29 +1,45 @@
-# demo | test | lint | bench: each sets up what it needs in .venv.
+# demo | test | lint | bench: each sets up what it needs in .venv, at the versions in requirements/lock.txt.
+# test-versions: tests with the oldest supported and the newest transformers, torch and Triton; ONLY names some.
+# lock: renews those versions; HOLD names the packages that keep theirs.
 # gpu: builds for, and tests on, the GPUs of a machine whose PYTHON has torch; needs no network.
 #
-#   PYTHON  the interpreter of the virtual environment, 3.11 or later
-#   TORCH   what pip installs as torch; pip's own settings are honoured (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...)
+#   PYTHON  the interpreter of the virtual environment, 3.11 or later; for lock 3.11, so that pins fit the later ones
+#   ONLY    parts of names, such as "transformers torch-oldest"
+#   HOLD    requirements in pip's form; torch===2.13.0 means the build with its CUDA libraries
+#
+# pip's own settings are honoured (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...).
 
 PYTHON ?= python3
-TORCH ?= torch==2.13.0
+HOLD ?= torch===2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+DEMO := $(VENV)/demo
 READY := $(VENV)/ready
 PEERS := $(VENV)/peers
+PIP_READY := $(VENV)/pip
 TORCH_READY := $(VENV)/torch
 GPU_VENV := .venv-gpu
-# Machine code for the GPUs that are there; for all that are supported where there are none.
-GPU_BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 && echo -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native)
-SOURCES := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
+# Machine code for the GPUs that are there. Where there are none, the demo does without; the tests read that of all
+# supported GPUs wherever they run.
+FOR_THIS_GPU := -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native
+GPU_BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 && echo $(FOR_THIS_GPU))
+DEMO_BUILD = $(or $(GPU_BUILD),-C cmake.define.FASTBERT_CUDA=OFF)
+LOCK := requirements/lock.txt
+TRITON := requirements/triton.txt
+INSTALL := $(BIN)/python -m pip install --quiet --constraint $(LOCK) --build-constraint $(LOCK)
+SOURCES := pyproject.toml CMakeLists.txt $(LOCK) $(TRITON) $(shell find csrc -type f)
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test test-versions lint bench lock gpu clean
 
-demo: $(READY)
+demo: $(DEMO)
 	$(BIN)/fastbert compare
 
 test: lint
 	$(BIN)/python -m pytest tests
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 tests/ops tests/models/test_kernels.py
+
+test-versions: $(READY)
+	$(BIN)/python tests/versions.py $(addprefix --only ,$(ONLY))
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -42,20 +58,34 @@ gpu:
 	$(GPU_VENV)/bin/python -m pip install --quiet --no-index --no-deps --no-build-isolation $(GPU_BUILD) --editable .
 	$(GPU_VENV)/bin/python -m benchmarks.gpu
 
-# torch first, by itself: the version that the tests are run with, whatever else asks for one.
-$(TORCH_READY):
+lock: $(PIP_READY)
+	$(BIN)/python -m pip install --quiet packaging
+	$(BIN)/python requirements/lock.py $(HOLD)
+
+# pip first: the one that a new environment comes with may not know --build-constraint.
+$(PIP_READY): $(LOCK)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --constraint $(LOCK) --upgrade pip
 	touch $@
 
-$(READY): $(SOURCES) | $(TORCH_READY)
-	$(BIN)/python -m pip install --quiet --editable ".[test,lint]"
+# Before what needs it: torch's builds with CUDA bring the Triton that they were released with, others bring none.
+$(TORCH_READY): $(LOCK) $(TRITON) | $(PIP_READY)
+	$(INSTALL) torch
+	$(BIN)/python -m pip show torch | grep -q '^Requires:.*triton' || $(INSTALL) --requirement $(TRITON)
 	touch $@
+
+$(DEMO): $(SOURCES) | $(PIP_READY)
+	$(INSTALL) $(DEMO_BUILD) --editable ".[demo]"
+	touch $@
+
+# What these install and build serves the demo too.
+$(READY): $(SOURCES) | $(TORCH_READY)
+	$(INSTALL) --editable ".[demo,test,lint]"
+	touch $(DEMO) $@
 
 $(PEERS): $(SOURCES) | $(TORCH_READY)
-	$(BIN)/python -m pip install --quiet --editable ".[bench,peers]"
-	touch $@
+	$(INSTALL) --editable ".[demo,bench,peers]"
+	touch $(DEMO) $@
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) build dist
+	rm -rf $(VENV) $(GPU_VENV) .venv-versions build dist

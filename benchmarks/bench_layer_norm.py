@@ -40,7 +40,7 @@ def build(case: Case) -> Contest:
             liger = importlib.import_module("liger_kernel.ops.layer_norm").LigerLayerNormFunction
             theirs[_LIGER] = Peer(lambda x, weight, bias: liger.apply(x, weight, bias, _EPS))
         except ImportError as error:
-            missing[_LIGER] = f"it can't be imported ({error}): pip install 'fastbert[peers]'"
+            missing[_LIGER] = f"it can't be imported ({error}): pip install liger-kernel"
     element = rows * hidden * case.torch_dtype.itemsize
     return op_contest(
         case,

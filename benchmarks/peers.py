@@ -68,7 +68,7 @@ def openvino(stock: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype, de
     if device.type != "cpu":
         raise Absent("it is measured on processors")
     if importlib.util.find_spec("openvino") is None:
-        raise Absent("it isn't installed: pip install 'fastbert[peers]'")
+        raise Absent("it isn't installed: `pip install '.[peers]'` in fastbert's source tree")
     import openvino as ov
 
     precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
@@ -100,7 +100,7 @@ def onnxruntime(stock: nn.Module, inputs: dict[str, Tensor], dtype: torch.dtype,
     if dtype != torch.float32:
         raise Absent("its kernels for processors compute in float32 and 8 bits")
     if absent := [name for name in ("onnxruntime", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        raise Absent(f"{', '.join(absent)} isn't installed: pip install 'fastbert[peers]'")
+        raise Absent(f"{', '.join(absent)} isn't installed: `pip install '.[peers]'` in fastbert's source tree")
     import onnxruntime as ort
 
     options = ort.SessionOptions()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastbert._version import __version__
 
-_REINSTALL = "reinstall with `pip install --force-reinstall --no-deps fastbert`"
+_REINSTALL = "reinstall with `pip install --force-reinstall --no-deps .` in fastbert's source tree"
 _DTYPES = {torch.float32: "FLOAT32", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 
 

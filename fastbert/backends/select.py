@@ -234,5 +234,5 @@ def _import_triton() -> str | None:
     try:
         importlib.import_module("triton")
     except ImportError as error:
-        return f"Triton can't be imported ({error}): `pip install 'fastbert[gpu]'`"
+        return f"Triton can't be imported ({error}): `pip install triton`"
     return None

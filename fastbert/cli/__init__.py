@@ -166,7 +166,9 @@ def _embed(
         except ModuleNotFoundError as error:
             if str(error.name).partition(".")[0] != "ray":
                 raise
-            raise Refusal("--engine ray needs ray, which isn't installed: `pip install fastbert[ray]`") from None
+            raise Refusal(
+                "--engine ray needs ray, which isn't installed: `pip install '.[ray]'` in fastbert's source tree"
+            ) from None
         embed_ray.run(options, address)
 
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
+from packaging.version import Version
 from rich.console import Console
 from rich.table import Table
 
-import fastbert  # noqa: F401  registers the ops that select explains
+import fastbert  # registers the ops that select explains
+from fastbert._version import DISTRIBUTION
 from fastbert.backends import extension, host_linear, prepacked, select
 from fastbert.cli import machine, selftest
 
+_TESTED_VERSIONS = Path(fastbert.__file__).with_name("tested_versions.toml")
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
 
@@ -49,6 +54,7 @@ def examine() -> dict[str, Any]:
         "problems": problems,
         "advice": _advice(),
         "versions": machine.versions(),
+        "tested_versions": tested_versions(),
         "devices": _devices(),
         "extension": {"build": loaded.build_info() if loaded else None, "missing": extension.missing()},
         "prepacked_linears": {_name(dtype): prepacked.missing(dtype) for dtype in selftest.DTYPES},
@@ -70,6 +76,11 @@ def examine() -> dict[str, Any]:
         ],
         "self_test": [check._asdict() for check in checks],
     }
+
+
+def tested_versions() -> dict[str, list[str]]:
+    """The versions that fastbert's tests have passed with, by package, in order."""
+    return tomllib.loads(_TESTED_VERSIONS.read_text(encoding="utf-8"))
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -103,13 +114,49 @@ def _extension_on_devices() -> list[str]:
     return [reason for reason in reasons if reason]
 
 
+def _untested() -> list[str]:
+    """Which installed packages are older or newer than any that the tests have passed with."""
+    found = []
+    for package, tested in tested_versions().items():
+        installed = machine.versions()[package]
+        if installed is None:
+            continue
+        # Without what marks a build or a preview: 2.13.0a0+git is taken for 2.13.0.
+        version = Version(Version(installed).base_version)
+        if Version(tested[0]) <= version <= Version(tested[-1]):
+            continue
+        relation = "older" if version < Version(tested[0]) else "newer"
+        found.append(
+            f"{package} {installed} is {relation} than any that fastbert was tested with ({_range(tested)}): if a call "
+            f"fails or results differ, `pip install {package}=={tested[-1]}`, and report it"
+        )
+    return found
+
+
+def _strangers() -> list[str]:
+    """The other project's package, whose files are in the folder of ours."""
+    try:
+        version = metadata.version("fastbert")
+    except metadata.PackageNotFoundError:
+        return []
+    return [
+        f"the package fastbert {version} is installed; that name is another project's on PyPI, and its files go where "
+        f"those of {DISTRIBUTION} are: `pip uninstall fastbert`, then `pip install --force-reinstall --no-deps .` in "
+        "fastbert's source tree"
+    ]
+
+
+def _range(tested: Sequence[str]) -> str:
+    return tested[0] if len(tested) == 1 else f"{tested[0]} to {tested[-1]}"
+
+
 def _advice() -> list[str]:
-    advice = []
+    advice = _strangers() + _untested()
     if torch.cuda.is_available():
         if extension.missing() is None and (reason := extension.missing_cuda()):
             advice.append(reason)
         if machine.versions()["triton"] is None:
-            advice.append("Triton is not installed, so GPUs do without its kernels: `pip install 'fastbert[gpu]'`")
+            advice.append("Triton is not installed, so GPUs do without its kernels: `pip install triton`")
     elif torch.version.cuda:
         advice.append(f"torch is built for CUDA {torch.version.cuda} and finds no GPU: everything runs on the CPU")
     elif _NVIDIA_DRIVER.exists():
@@ -130,6 +177,8 @@ def _print(console: Console, found: dict[str, Any]) -> None:
     line("versions:   " + ", ".join(f"{name} {version}" for name, version in versions if version))
     if absent := [name for name, version in versions if not version]:
         line(f"absent:     {', '.join(absent)}")
+    tested = found["tested_versions"].items()
+    line("tested:     " + ", ".join(f"{package} {_range(versions)}" for package, versions in tested))
     for device in found["devices"]:
         line("device:     " + ", ".join(f"{name} {value}" for name, value in device.items()))
     build = found["extension"]["build"]

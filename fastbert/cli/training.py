@@ -282,4 +282,6 @@ def _packages() -> Iterator[None]:
         package = str(error.name).partition(".")[0]
         if package not in ("accelerate", "datasets", "matplotlib", "sklearn"):
             raise
-        raise Refusal(f"training needs {package}, which isn't installed: `pip install fastbert[train]`") from None
+        raise Refusal(
+            f"training needs {package}, which isn't installed: `pip install '.[train]'` in fastbert's source tree"
+        ) from None

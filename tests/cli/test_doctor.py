@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from importlib import metadata
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from cli import tiny
 
 from fastbert import ops
 from fastbert.backends import extension, host_linear
-from fastbert.cli import machine, selftest
+from fastbert.cli import doctor, machine, selftest
 from fastbert.ops.layer_norm import torch as layer_norm
 
 
@@ -114,6 +115,76 @@ def test_without_triton_all_is_well(monkeypatch):
     code, found = _findings()
     assert code == 0
     assert found["versions"]["triton"] is None
+
+
+TESTED = {"torch": ["2.10.0", "2.13.0"], "transformers": ["5.17.0", "5.24.0"], "triton": ["3.5.0", "3.9.0"]}
+
+
+def _told_of(monkeypatch, **installed):
+    """The advice about versions where these are installed, and what tests have passed with is TESTED."""
+    here = machine.versions()
+    monkeypatch.setattr(machine, "versions", lambda: {**here, **dict.fromkeys(TESTED), **installed})
+    monkeypatch.setattr(doctor, "tested_versions", lambda: TESTED)
+    return [text for text in doctor.examine()["advice"] if "tested" in text]
+
+
+@pytest.mark.parametrize(
+    "installed",
+    [
+        {"torch": "2.10.0", "transformers": "5.17.0", "triton": "3.5.0"},
+        {"torch": "2.13.0+cpu", "transformers": "5.24.0", "triton": "3.9.0"},
+        {"torch": "2.13.0a0+git1234", "transformers": "5.20.1"},
+    ],
+)
+def test_versions_that_were_tested_are_not_warned_of(monkeypatch, installed):
+    assert _told_of(monkeypatch, **installed) == []
+
+
+@pytest.mark.parametrize(
+    ("package", "version", "relation"),
+    [
+        ("transformers", "5.25.0", "newer"),
+        ("torch", "2.14.0.dev20261101+cu130", "newer"),
+        ("triton", "3.4.0", "older"),
+        ("transformers", "5.9.0", "older"),
+    ],
+)
+def test_versions_beyond_those_tested_are_warned_of(monkeypatch, package, version, relation):
+    """Case 51."""
+    oldest, newest = TESTED[package]
+    (told,) = _told_of(monkeypatch, **{package: version})
+    assert f"{package} {version} is {relation} than any that fastbert was tested with ({oldest} to {newest})" in told
+    assert f"`pip install {package}=={newest}`" in told
+
+
+def test_tested_versions_are_told(healthy):
+    _, found = healthy
+    assert found["tested_versions"].keys() == TESTED.keys()
+    result = tiny.run("doctor")
+    for package, versions in found["tested_versions"].items():
+        assert versions
+        assert f"{package} {versions[0]}" in result.stdout
+
+
+def test_a_stranger_of_the_same_name_is_noticed(monkeypatch, tmp_path):
+    """Case 67."""
+    found = metadata.Distribution.from_name
+
+    def only_ours(name):
+        if name == "fastbert":
+            raise metadata.PackageNotFoundError(name)
+        return found(name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(metadata.Distribution, "from_name", only_ours)
+        assert not [text for text in doctor.examine()["advice"] if "another project" in text]
+    folder = tmp_path / "fastbert-0.2.2.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: fastbert\nVersion: 0.2.2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    (told,) = [text for text in doctor.examine()["advice"] if "another project" in text]
+    assert "fastbert 0.2.2 is installed" in told
+    assert "`pip uninstall fastbert`" in told
 
 
 def _layer_norm_problems():

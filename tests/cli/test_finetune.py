@@ -377,7 +377,7 @@ def test_without_the_packages_that_training_takes(tmp_path, package):
     stdout, stderr = process.communicate()
     assert process.returncode == 2, stderr
     assert stdout == ""
-    wanted = f"training needs {package}, which isn't installed: `pip install fastbert[train]`"
+    wanted = f"training needs {package}, which isn't installed: `pip install '.[train]'` in fastbert's source tree"
     assert stderr.splitlines() == [f"fastbert: {wanted}"]
 
 

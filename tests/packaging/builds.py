@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+LOCK = ROOT / "requirements" / "lock.txt"
+TRITON = ROOT / "requirements" / "triton.txt"
 
 
 class BuildError(Exception):
@@ -50,7 +52,7 @@ def build_wheel(
     source: Path, directory: Path, *, isolated: bool = False, env: dict[str, str] | None = None, **defines: str
 ) -> Path:
     """Build a wheel of ``source`` (a tree or an sdist) in ``directory``, with CMake's ``defines``."""
-    options = [] if isolated else ["--no-build-isolation"]
+    options = ["--build-constraint", str(LOCK)] if isolated else ["--no-build-isolation"]
     for name, value in defines.items():
         options += ["-C", f"cmake.define.{name}={value}"]
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--verbose", "--wheel-dir", str(directory)]

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 from builds import ROOT, BuildError, Environment, build_sdist, build_wheel, find_nvcc
+from packaging.utils import canonicalize_name
 
 import fastbert
+from fastbert._version import DISTRIBUTION
 
 pytestmark = pytest.mark.slow
 
@@ -20,6 +22,7 @@ EXAMINE = """
 import importlib.metadata, json, pathlib
 import torch
 import fastbert
+from fastbert._version import DISTRIBUTION
 from fastbert.backends import extension
 
 x, residual, bias = torch.randn(5, 24), torch.randn(5, 24), torch.randn(24)
@@ -32,7 +35,7 @@ scripts = importlib.metadata.entry_points(group="console_scripts", name="fastber
 print(json.dumps({
     "file": fastbert.__file__,
     "extension": extension.module().__file__,
-    "versions": [fastbert.__version__, importlib.metadata.version("fastbert"), build["version"]],
+    "versions": [fastbert.__version__, importlib.metadata.version(DISTRIBUTION), build["version"]],
     "typed": pathlib.Path(fastbert.__file__).with_name("py.typed").exists(),
     "scripts": [script.value for script in scripts],
     "agrees": torch.equal(*outputs),
@@ -117,19 +120,21 @@ def test_sdist_holds_what_a_build_and_the_tests_need(sdist: Path) -> None:
         "CHANGELOG.md",
         "CMakeLists.txt",
         "LICENSE",
+        "Makefile",
         "PKG-INFO",
         "README.md",
         "fastbert/py.typed",
         "pyproject.toml",
+        "requirements/lock.txt",
     }
-    for folder in ("benchmarks", "csrc", "examples", "fastbert", "tests"):
+    for folder in ("benchmarks", "csrc", "examples", "fastbert", "requirements", "tests"):
         for path in (ROOT / folder).rglob("*"):
             if path.suffix in (".cpp", ".cu", ".cuh", ".h", ".py"):
                 sources.add(str(path.relative_to(ROOT)))
     assert sources <= {str(file) for file in files}
 
-    tops = {"CHANGELOG.md", "CMakeLists.txt", "LICENSE", "PKG-INFO", "README.md", "csrc", "fastbert", "pyproject.toml"}
-    assert {file.parts[0] for file in files} <= tops | {"benchmarks", "examples", "tests"}
+    tops = {Path(source).parts[0] for source in sources}
+    assert {file.parts[0] for file in files} == tops
     assert not [file for file in files if {"figures", "results"} & set(file.parts)]
     assert not [file for file in files if "__pycache__" in file.parts or file.suffix in (".pyc", ".so")]
 
@@ -144,11 +149,12 @@ def test_wheel_from_sdist_without_cuda(host_wheel: Path, tmp_path: Path) -> None
 def test_wheel_holds_nothing_but_the_package(host_wheel: Path) -> None:
     with zipfile.ZipFile(host_wheel) as archive:
         names = archive.namelist()
-    assert {name.split("/")[0] for name in names} == {"fastbert", f"fastbert-{fastbert.__version__}.dist-info"}
+    dist_info = f"{canonicalize_name(DISTRIBUTION).replace('-', '_')}-{fastbert.__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"fastbert", dist_info}
     suffixes = {Path(name).suffix for name in names if name.startswith("fastbert/")}
     assert suffixes == {".py", ".so", ".toml", ".typed"}
-    assert "fastbert/backends/launch.toml" in names
-    assert f"fastbert-{fastbert.__version__}.dist-info/licenses/LICENSE" in names
+    assert {"fastbert/backends/launch.toml", "fastbert/tested_versions.toml"} <= set(names)
+    assert f"{dist_info}/licenses/LICENSE" in names
 
 
 def test_the_suite_of_benchmarks_runs_from_a_wheel(host_wheel: Path, tmp_path: Path) -> None:

@@ -62,7 +62,8 @@ def run(options: Options) -> bool:
     """
     if missing := [name for module, name in _NEEDED.items() if importlib.util.find_spec(module) is None]:
         raise Refusal(
-            f"the suite runs in pytest, and {', '.join(missing)} isn't installed: pip install 'fastbert[bench]'"
+            f"the suite runs in pytest, and {', '.join(missing)} isn't installed: `pip install '.[bench]'` in "
+            "fastbert's source tree"
         )
     device = machine.choose_device(options.device, options.threads)
     with tempfile.TemporaryDirectory() as folder:

@@ -136,6 +136,7 @@ def _embed(
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin again where a stopped run left something to go on with.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists already.")] = False,
     allow_pickle: AllowPickleOption = False,
     engine: Annotated[Engine, typer.Option(help="This process, or the machines of a Ray cluster.")] = Engine.local,
     address: Annotated[

@@ -34,6 +34,7 @@ from fastbert.cli.errors import INTERRUPTED, Refusal, first_line, reason
 from fastbert.cli.options import Device
 
 _IDENTITY = "fastbert.json"
+_FINISHED = "finished"
 _COLUMN = "text"
 
 
@@ -109,8 +110,9 @@ def run(options: Options, address: str | None) -> None:
     if not windows:
         raise Refusal(f"--texts {options.texts} is empty; it must hold texts")
     identity = {"model": checkpoint.fingerprint(bert), **choice._asdict(), "dtype": options.dtype}
-    _prepare(options, {"text": list(state), **identity})
-    missing = [window for window in windows if not _part(options.out, window).exists()]
+    noted = {"text": list(state), **identity}
+    _prepare(options, noted, windows)
+    missing = [window for window in windows if not _is_made(options.out, window, bert.config.hidden_size)]
     total = sum(window.rows for window in windows)
     done = total - sum(window.rows for window in missing)
     if done:
@@ -135,6 +137,7 @@ def run(options: Options, address: str | None) -> None:
         )
     for path in options.out.glob(_partial("*")):
         path.unlink(missing_ok=True)
+    _note(options.out, {**noted, _FINISHED: True})
     typer.echo(
         f"{options.out}: {total} rows of {bert.config.hidden_size} float32 numbers in {len(windows)} files, "
         f"{embed.described(choice)}, of {bert.name} in {options.dtype}"
@@ -254,19 +257,54 @@ def _state(path: Path) -> texts.State:
         return texts.state(file)
 
 
-def _prepare(options: Options, identity: dict[str, Any]) -> None:
+def _is_made(out: Path, window: Window, width: int) -> bool:
+    """Whether a window's file is there; one that is damaged is deleted."""
+    path = _part(out, window)
+    if not path.exists():
+        return False
+    if parquet.is_sound(path, window.rows, width):
+        return True
+    typer.echo(f"{path} is damaged; its rows are made again", err=True)
+    path.unlink()
+    return False
+
+
+def _prepare(options: Options, identity: dict[str, Any], windows: list[Window]) -> None:
     """Make the output folder, or make sure that what is in it is of the same run."""
     out = options.out
     if out.exists() and not out.is_dir():
         raise Refusal(f"--out {out} is a file; with --engine ray it must be a folder")
-    noted = out / _IDENTITY
-    if noted.exists():
-        if options.restart:
+    if (out / _IDENTITY).exists():
+        found = _noted(out)
+        finished = found is not None and found.pop(_FINISHED, False)
+        if found == identity:
+            # A file that was lost is made again.
+            finished = finished and all(_part(out, window).exists() for window in windows)
+        if finished and not options.overwrite:
+            raise Refusal(f"--out {out} holds the rows of a run that is finished; --overwrite replaces it")
+        if finished or options.restart:
             for path in out.glob("*.parquet"):
                 path.unlink()
-        elif json.loads(noted.read_text("utf-8")) != identity:
+        elif found is None:
+            raise Refusal(f"--out {out} has a damaged {_IDENTITY}; --restart begins again")
+        elif found != identity:
             raise Refusal(f"--out {out} has rows of another text, checkpoint or setting; --restart begins again")
     elif out.exists() and any(out.iterdir()):
         raise Refusal(f"--out {out} is a folder with other things in it; it must be new or empty")
     out.mkdir(parents=True, exist_ok=True)
-    noted.write_text(json.dumps(identity) + "\n", "utf-8")
+    _note(out, identity)
+
+
+def _noted(out: Path) -> dict[str, Any] | None:
+    """What a run is, as it was noted; None where that is damaged."""
+    try:
+        found = json.loads((out / _IDENTITY).read_text("utf-8"))
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _note(out: Path, identity: dict[str, Any]) -> None:
+    new = out / f".{_IDENTITY}.new"
+    new.write_text(json.dumps(identity) + "\n", "utf-8")
+    os.replace(new, out / _IDENTITY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -63,6 +64,11 @@ def versions() -> dict[str, str | None]:
         "flash-attn": _installed("flash-attn"),
         "cuda": torch.version.cuda,
     }
+
+
+def memory() -> int:
+    """Bytes of main memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def release_memory() -> None:

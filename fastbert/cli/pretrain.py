@@ -13,11 +13,11 @@ import transformers
 import typer
 from sklearn.metrics import accuracy_score
 from torch import Tensor
-from transformers import AutoTokenizer, BertConfig, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 import fastbert
-from fastbert.cli import checkpoint, json_files, machine
-from fastbert.cli.errors import Refusal, first_line
+from fastbert.cli import checkpoint, configuration, json_files, machine
+from fastbert.cli.errors import Refusal
 from fastbert.cli.options import Device
 from fastbert.models.bert import IGNORED_LABEL
 from fastbert.training import batches, card, corpus, pretraining, run, vocabulary
@@ -190,10 +190,14 @@ def _model(
             settings = _read_config(options.config)
         settings["vocab_size"] = len(tokenizer)
         settings["pad_token_id"] = tokenizer.pad_token_id
-        try:
-            model = head(BertConfig(**settings))
-        except (TypeError, ValueError) as error:
-            raise Refusal(f"--config {options.config} makes no BERT: {first_line(error)}") from error
+        config = configuration.make(settings, f"--config {options.config}")
+        needed, memory = 4 * configuration.parameters(config), machine.memory()
+        if needed > memory:
+            raise Refusal(
+                f"--config {options.config} describes a BERT of {needed / 1e9:,.1f} GB, and this machine has "
+                f"{memory / 1e9:,.1f} GB of memory"
+            )
+        model = head(config)
     if isinstance(model, fastbert.BertForPreTraining | fastbert.BertForMaskedLM):
         model.sparse_prediction = True
     return model

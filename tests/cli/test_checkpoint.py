@@ -248,11 +248,69 @@ def test_code_in_a_pickle_never_runs(refused, folder, tmp_path, options):
     assert not fuse.exists()
 
 
-def test_sizes_that_do_not_go_together(refused, folder):
-    _change_config(folder, num_attention_heads=5)
+COMMANDS = {
+    "compare": (),
+    "embed": ("--texts", "texts.txt", "--out", "out.npy"),
+    "finetune": ("--task", "classification", "--train", "texts.csv", "--output", "out"),
+    "predict": ("--texts", "texts.txt", "--json", "out.json"),
+    "pretrain": ("--corpus", "texts.txt", "--output", "out"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be 1 or more"),
+        ({"num_attention_heads": -4}, "num_attention_heads is -4; it must be 1 or more"),
+        ({"num_attention_heads": None}, "it doesn't say num_attention_heads"),
+        ({"num_attention_heads": 5}, "hidden_size is 32, no multiple of num_attention_heads, which is 5"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1; it must be 1 or more"),
+        ({"num_hidden_layers": None}, "it doesn't say num_hidden_layers"),
+        ({"hidden_size": 0}, "hidden_size is 0; it must be 1 or more"),
+        ({"vocab_size": 0}, "vocab_size is 0; it must be 1 or more"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1; it must be 2 or more"),
+        ({"chunk_size_feed_forward": -1}, "chunk_size_feed_forward is -1; it must be 0 or more"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan; it must be a finite number from 0 on"),
+        ({"layer_norm_eps": float("inf")}, "layer_norm_eps is inf; it must be a finite number from 0 on"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps is -1.0; it must be a finite number from 0 on"),
+        ({"initializer_range": float("nan")}, "initializer_range is nan; it must be a finite number from 0 on"),
+        ({"hidden_dropout_prob": float("nan")}, "hidden_dropout_prob is nan; it must be from 0 to 1"),
+        ({"classifier_dropout": 1.5}, "classifier_dropout is 1.5; it must be from 0 to 1"),
+        ({"hidden_act": "nope"}, "hidden_act is nope; it must be one of "),
+        ({"pad_token_id": 1000}, "pad_token_id is 1000; it must be less than vocab_size, which is 69"),
+        ({"dtype": "float7"}, "float7"),
+        ({"id2label": 5}, "'int' object has no attribute 'items'"),
+    ],
+)
+def test_a_hostile_configuration(folder, tmp_path, monkeypatch, command, changes, told):
+    """Case 63."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write(tmp_path / "texts.txt", ["the sum", "", "of the row"])
+    tiny.write(tmp_path / "texts.csv", ["text,label", "the sum,a", "of the row,b"])
+    _change_config(folder, **changes)
+    before = sorted(tmp_path.rglob("*"))
+    line = tiny.refusal(command, "--model", folder, *COMMANDS[command])
+    assert line.startswith("fastbert: the config.json of spoilt isn't valid: ")
+    assert told in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**6}, {"vocab_size": 10**9}, {"intermediate_size": 10**8}])
+def test_more_parameters_than_the_weights_can_hold(refused, folder, changes):
+    """Case 63: nothing of that size is made."""
+    _change_config(folder, **changes)
     told = refused(folder)
-    assert "can't be loaded" in told
-    assert "5" in told
+    assert "parameters, and its weights have" in told
+
+
+def test_a_configuration_that_asks_for_tuples(folder, tmp_path):
+    expected = tiny.embeddings(folder, ["the sum"])
+    _change_config(folder, return_dict=False)
+    lines = tiny.write(tmp_path / "texts.txt", ["the sum"])
+    result = tiny.run("embed", "--model", folder, "--texts", lines, "--out", tmp_path / "out.npy", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    torch.testing.assert_close(tiny.load(tmp_path / "out.npy"), expected, atol=1e-5, rtol=0)
 
 
 def test_no_weights(refused, folder):

@@ -252,7 +252,10 @@ def test_refused(corpus, config, checkpoint, tmp_path):
         ("{", "is no JSON"),
         ("[]", "is no JSON object"),
         ('{"model_type": "gpt2"}', "has model_type gpt2; it must be bert"),
-        ('{"hidden_size": 10, "num_attention_heads": 3}', "makes no BERT"),
+        ('{"hidden_size": 10, "num_attention_heads": 3}', "hidden_size is 10, no multiple of num_attention_heads"),
+        ('{"num_attention_heads": 0}', "num_attention_heads is 0; it must be 1 or more"),
+        ('{"hidden_act": "nope"}', "hidden_act is nope; it must be one of"),
+        ('{"num_hidden_layers": 1000000}', "describes a BERT of"),
     ):
         wrong = tmp_path / "wrong.json"
         wrong.write_text(text)

@@ -25,6 +25,7 @@ from fastbert.cli.arguments import (
 )
 from fastbert.cli.errors import Refusal, reported
 from fastbert.cli.options import Dtype, Engine, Pooling
+from fastbert.training.errors import install
 
 app = typer.Typer(
     name="fastbert",
@@ -167,7 +168,7 @@ def _embed(
         except ModuleNotFoundError as error:
             if str(error.name).partition(".")[0] != "ray":
                 raise
-            raise Refusal("--engine ray needs ray, which isn't installed: `pip install fastbert[ray]`") from None
+            raise Refusal(f"--engine ray needs ray, which isn't installed: {install('ray')}") from None
         embed_ray.run(options, address)
 
 

@@ -180,6 +180,8 @@ def _check_out(options: Options) -> None:
         raise Refusal(f"--out {out}: the folder {out.absolute().parent} doesn't exist")
     if out.is_dir():
         raise Refusal(f"--out {out} is a folder; it must be a file")
+    if out.exists() and not out.is_file():
+        raise Refusal(f"--out {out} is no regular file; it would be replaced")
     if out.exists() and options.texts.exists() and out.samefile(options.texts):
         raise Refusal(f"--out {out} is the text file itself")
 

@@ -299,7 +299,7 @@ def _noted(out: Path) -> dict[str, Any] | None:
     """What a run is, as it was noted; None where that is damaged."""
     try:
         found = json.loads((out / _IDENTITY).read_text("utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
 

@@ -19,7 +19,7 @@ def read_object(path: Path, name: str) -> dict[str, Any]:
         found = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise Refusal(f"{name} can't be read: {reason(error)}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refusal(f"{name} is no JSON: {first_line(error)}") from None
     if not isinstance(found, dict):
         raise Refusal(f"{name} is no JSON object")

@@ -74,7 +74,7 @@ def main(options: Options, settings: Settings) -> None:
         Refusal, DataError: the corpus, the checkpoint, the configuration or the output folder can't be used.
     """
     machine.choose_device(options.device, options.threads)
-    run.join_processes(settings.use_cpu)
+    run.join_processes(settings)
     if options.model is not None and options.config is not None:
         raise Refusal("--model and --config are both given; a model's configuration is its own")
     started = checkpoint.find(options.model, options.allow_pickle) if options.model is not None else None

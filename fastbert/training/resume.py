@@ -29,7 +29,7 @@ def check_same(output: Path, wanted: dict[str, Any]) -> None:
         found = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise DataError(f"--output {output} has no run to resume; without --resume one begins") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise DataError(f"{path} is damaged, so nothing says what the run in {output} is; --overwrite begins again")
@@ -78,7 +78,7 @@ def _load(path: Path) -> Any:
     """What a JSON file holds; None where it isn't there, or isn't whole."""
     try:
         return json.loads(path.read_text("utf-8"))
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 

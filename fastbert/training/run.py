@@ -93,11 +93,6 @@ def opened(settings: Settings, about: dict[str, Any]) -> Iterator[Path | None]:
     output = settings.output
     if output.exists() and not output.is_dir():
         raise DataError(f"--output {output} is a file; it must be a folder")
-    if settings.fsdp and PartialState().distributed_type != DistributedType.MULTI_GPU:
-        raise DataError(
-            f"--fsdp shards over the processes of several GPUs, and this run has {PartialState().num_processes} on "
-            f"{PartialState().device.type}; torchrun or accelerate launch starts more"
-        )
     # Through JSON, so that what is compared is what was written.
     decisive = {**about, **_decisive(settings), "processes": PartialState().num_processes}
     wanted = json.loads(json.dumps(decisive, default=str))
@@ -219,9 +214,22 @@ def _shard(model: PreTrainedModel) -> None:
     fully_shard(model)
 
 
-def join_processes(use_cpu: bool) -> None:
-    """Find the other processes, where torchrun or accelerate has started some. To be called before all else here."""
-    PartialState(cpu=use_cpu or not torch.cuda.is_available())
+def join_processes(settings: Settings) -> None:
+    """Find the other processes, where torchrun or accelerate has started some. To be called before all else here.
+
+    Raises:
+        DataError: what is asked for isn't done on these processes and their devices.
+    """
+    state = PartialState(cpu=settings.use_cpu or not torch.cuda.is_available())
+    if settings.fp16 and settings.bf16:
+        raise DataError("--fp16 and --bf16 are both given; it may be one of them")
+    if settings.fp16 and state.device.type == "cpu":
+        raise DataError("--fp16 is for a GPU, and this run is on cpu; --bf16 runs on both")
+    if settings.fsdp and state.distributed_type != DistributedType.MULTI_GPU:
+        raise DataError(
+            f"--fsdp shards over the processes of several GPUs, and this run has {state.num_processes} on "
+            f"{state.device.type}; torchrun or accelerate launch starts more"
+        )
 
 
 def is_main_process() -> bool:

@@ -52,6 +52,32 @@ def test_a_wrong_option_is_named_with_its_value_and_what_it_may_be(arguments, na
         assert word in result.stderr
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "--limit", "4", "--texts", "LONG"],
+        ["compare", "--model", "LONG"],
+        ["embed", "--texts", "LONG", "--out", "out.npy"],
+        ["embed", "--texts", "texts.txt", "--out", "LONG.npy"],
+        ["embed", "--texts", "texts.txt", "--out", "texts.txt/out.npy"],
+        ["predict", "--model", "LONG", "--texts", "texts.txt", "--json", "out.json"],
+        ["predict", "--model", "absent", "--texts", "texts.txt", "--json", "LONG"],
+        ["finetune", "--task", "classification", "--train", "LONG", "--output", "out"],
+        ["finetune", "--task", "ner", "--train", "tags.conll", "--output", "texts.txt/out"],
+        ["pretrain", "--corpus", "LONG", "--output", "out"],
+        ["pretrain", "--corpus", "texts.txt", "--config", "LONG", "--output", "out", "--eval-fraction", "0"],
+        ["bench", "--compare", "LONG", "LONG"],
+    ],
+)
+def test_a_path_that_can_not_be_is_told_in_one_line(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.write(tmp_path / "texts.txt", ["the sum", "of the row"])
+    tiny.write(tmp_path / "tags.conll", ["the O", "kernel B-TOOL"])
+    told = tiny.refusal(*(word.replace("LONG", "x" * 300) for word in arguments))
+    assert any(words in told for words in ("File name too long", "Not a directory", "doesn't exist"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", [["compare"], ["embed", "--out", "out.npy"]])
 def test_cuda_without_a_gpu(command, checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

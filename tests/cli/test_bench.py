@@ -99,7 +99,7 @@ class TestRun:
 
     def test_without_pytest(self, monkeypatch, tmp_path):
         monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-        assert "pip install 'fastbert[bench]'" in tiny.refusal("bench", "--out", tmp_path)
+        assert "pip install '.[bench]'" in tiny.refusal("bench", "--out", tmp_path)
 
 
 class TestCompare:

@@ -666,6 +666,13 @@ def test_an_output_that_can_not_be(embed, tmp_path, out, told):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_an_output_that_is_a_pipe_or_a_device(embed, tmp_path):
+    os.mkfifo(tmp_path / "out.npy")
+    for options in ([], ["--overwrite"]):
+        assert "is no regular file" in tiny.refusal(*embed.arguments(*options))
+    assert (tmp_path / "out.npy").is_fifo()
+
+
 def test_memory_does_not_grow_with_the_file(tmp_path):
     """Ten times the rows, in the windows that users get. The rows alone, kept, would be ten times the bound."""
     width, count = 512, 5000

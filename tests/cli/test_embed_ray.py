@@ -331,4 +331,4 @@ def test_without_ray(arguments, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "fastbert.cli.embed_ray", raising=False)
     monkeypatch.delattr("fastbert.cli.embed_ray", raising=False)
-    assert "pip install fastbert[ray]" in tiny.refusal(*arguments())
+    assert "pip install '.[ray]'" in tiny.refusal(*arguments())

@@ -19,6 +19,7 @@ from fastbert.cli import machine
 from fastbert.cli.bench import results
 from fastbert.cli.errors import Refusal
 from fastbert.cli.options import Device
+from fastbert.training.errors import install
 
 _NEEDED = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}
 # pytest's exit codes for "all passed", "some failed" and "nothing was collected".
@@ -61,9 +62,7 @@ def run(options: Options) -> bool:
         Refusal: pytest isn't installed, no case is left to run, or the suite broke.
     """
     if missing := [name for module, name in _NEEDED.items() if importlib.util.find_spec(module) is None]:
-        raise Refusal(
-            f"the suite runs in pytest, and {', '.join(missing)} isn't installed: pip install 'fastbert[bench]'"
-        )
+        raise Refusal(f"the suite runs in pytest, and {', '.join(missing)} isn't installed: {install('bench')}")
     device = machine.choose_device(options.device, options.threads)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.json"

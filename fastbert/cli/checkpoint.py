@@ -37,6 +37,9 @@ _PICKLE_SHARDS = "pytorch_model-*-of-*.bin"
 # Sizes that no weight's shape tells: with another one the same weights give other results.
 _NOT_IN_THE_WEIGHTS = ("num_attention_heads", "num_hidden_layers")
 _KEYS_NAMED = 3
+# [CLS] and [SEP].
+_SHORTEST = 2
+_LONGER_THAN_A_WORD = 1000
 
 
 class Checkpoint(NamedTuple):
@@ -186,17 +189,29 @@ def load_tokenizer(checkpoint: Checkpoint) -> transformers.PreTrainedTokenizerBa
     """The tokenizer of a checkpoint.
 
     Raises:
-        Refusal: it can't be loaded, or it knows more tokens than the model.
+        Refusal: it can't be used, or it knows more tokens than the model.
     """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        raise Refusal(f"the tokenizer of {checkpoint.name} can't be loaded: {first_line(error)}") from error
+    tokenizer = tokenizer_in(checkpoint.folder, checkpoint.name)
     highest, size = max(tokenizer.get_vocab().values()), checkpoint.config.vocab_size
     if highest >= size:
         raise Refusal(f"the tokenizer of {checkpoint.name} gives ids up to {highest}, and its model has {size} of them")
+    return tokenizer
+
+
+def tokenizer_in(folder: Path, name: str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer in a folder, whose ``name`` is for people.
+
+    Raises:
+        Refusal: it can't be used.
+    """
+    try:
+        tokenizer: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        # No vocabulary has a word this long, so one that lacks the unknown token shows it now.
+        tokenizer("x" * _LONGER_THAN_A_WORD, verbose=False)
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+        raise Refusal(f"the tokenizer of {name} can't be used: {first_line(error)}") from error
     return tokenizer
 
 
@@ -209,11 +224,18 @@ def length_limit(
     """Tokens after which a text is cut: what was ``requested``, or the least that anything in the checkpoint says.
 
     Raises:
-        Refusal: more than the model has positions for.
+        Refusal: more than the model has positions for, or what the checkpoint says is no number of tokens.
     """
     positions = checkpoint.config.max_position_embeddings
     if requested is None:
-        return min(positions, tokenizer.model_max_length, recommended or positions)
+        limits = [positions, tokenizer.model_max_length, positions if recommended is None else recommended]
+        for limit in limits:
+            whole = isinstance(limit, int | float) and not isinstance(limit, bool) and limit % 1 == 0
+            if not whole or limit < _SHORTEST:
+                raise Refusal(
+                    f"{checkpoint.name} has a limit of {limit} tokens; it must be a whole number, {_SHORTEST} or more"
+                )
+        return int(min(limits))
     if requested > positions:
         raise Refusal(f"--max-length is {requested}; {checkpoint.name} has positions for {positions} tokens")
     return requested

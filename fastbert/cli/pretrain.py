@@ -13,7 +13,7 @@ import transformers
 import typer
 from sklearn.metrics import accuracy_score
 from torch import Tensor
-from transformers import AutoTokenizer, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 import fastbert
 from fastbert.cli import checkpoint, configuration, json_files, machine
@@ -171,8 +171,7 @@ def _tokenizer(
         learnt = vocabulary.learn(sentences, options.vocab_size, options.max_length, options.lowercase)
         learnt.save_pretrained(settings.output)
     run.wait_for_everyone()
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(settings.output, local_files_only=True)
-    return tokenizer
+    return checkpoint.tokenizer_in(settings.output, str(settings.output))
 
 
 def _model(

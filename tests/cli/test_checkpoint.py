@@ -342,6 +342,59 @@ def test_a_damaged_tokenizer(refused, folder):
     assert "tokenizer" in refused(folder)
 
 
+def test_a_vocabulary_without_the_unknown_token(refused, folder):
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[CLS]", "[SEP]", "[MASK]", "a"]) + "\n")
+    told = refused(folder)
+    assert "the tokenizer of spoilt can't be used" in told
+    assert "[UNK]" in told
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1, "x", 3.5, [5], True])
+@pytest.mark.parametrize(
+    ("name", "key"), [("tokenizer_config.json", "model_max_length"), ("sentence_bert_config.json", "max_seq_length")]
+)
+def test_a_length_limit_that_is_none(refused, folder, name, key, limit):
+    (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Transformer", "path": ""}]')
+    settings = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps({**settings, key: limit}))
+    told = refused(folder)
+    if name == "tokenizer_config.json" and not isinstance(limit, int | float):
+        # The tokenizer itself compares with it.
+        assert "the tokenizer of spoilt can't be used" in told
+    else:
+        assert f"has a limit of {limit} tokens; it must be a whole number, 2 or more" in told
+
+
+_TRANSFORMER = '{"type": "sentence_transformers.models.Transformer", "path": ""}'
+_POOLING = '{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}'
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"modules.json": "{"}, "modules.json is no JSON"),
+        ({"modules.json": "[" * 100_000}, "modules.json is no JSON"),
+        ({"modules.json": "{}"}, "modules.json is no list of modules"),
+        ({"modules.json": "[5]"}, "modules.json is no list of modules"),
+        (
+            {"modules.json": f'[{_TRANSFORMER}, {{"type": "a.Pooling", "path": 5}}]'},
+            "modules.json is no list of modules",
+        ),
+        ({"sentence_bert_config.json": "[]"}, "sentence_bert_config.json is no JSON object"),
+        ({"1_Pooling/config.json": "{"}, "config.json is no JSON"),
+        ({"1_Pooling/config.json": '{"pooling_mode": 5}'}, "pooling by 5"),
+        ({"1_Pooling/config.json": '{"pooling_mode": null}'}, "pooling by None"),
+    ],
+)
+def test_a_damaged_recipe(folder, tmp_path, files, told):
+    whole = {"modules.json": f"[{_TRANSFORMER}, {_POOLING}]", "1_Pooling/config.json": '{"pooling_mode": "cls"}'}
+    (folder / "1_Pooling").mkdir()
+    for name, text in {**whole, **files}.items():
+        (folder / name).write_text(text)
+    lines = tiny.write(tmp_path / "texts.txt", ["the sum"])
+    assert told in tiny.refusal("embed", "--model", folder, "--texts", lines, "--out", tmp_path / "out.npy")
+
+
 def test_a_tokenizer_of_another_model(refused, folder):
     (folder / "vocab.txt").write_text("\n".join([*tiny.VOCABULARY, "more"]) + "\n")
     told = refused(folder)

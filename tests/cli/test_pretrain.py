@@ -277,6 +277,14 @@ def test_a_run_goes_on_without_its_damaged_checkpoint(corpus, config, ended, tmp
         torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
 
 
+def test_a_damaged_tokenizer_of_a_run(corpus, config, ended, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(ended, output)
+    (output / "tokenizer.json").write_text("{")
+    told = tiny.refusal(*arguments(corpus, config, output, **TWO_CHECKPOINTS), "--resume")
+    assert f"the tokenizer of {output} can't be used" in told
+
+
 @pytest.mark.parametrize(
     ("name", "text"),
     [

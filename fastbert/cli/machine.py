@@ -20,9 +20,9 @@ _PLAIN_WIDTH = 120
 
 
 def console() -> Console:
-    """A console on stdout, as wide as the terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
+    """A console on stdout, as wide as the terminal, that prints brackets as they are."""
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(width=_PLAIN_WIDTH, markup=False)
 
 
 def choose_device(device: Device | None, threads: int | None) -> torch.device:

@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 from cli import tiny
+from rich.table import Table
 
 import fastbert
+from fastbert.cli import machine
 
 
 def test_python_m_fastbert_prints_the_version():
@@ -50,6 +52,16 @@ def test_a_wrong_option_is_named_with_its_value_and_what_it_may_be(arguments, na
     assert result.stdout == ""
     for word in named:
         assert word in result.stderr
+
+
+def test_brackets_are_printed_as_they_are(capsys):
+    """Rich takes them for its markup unless it is told not to."""
+    advice = "it isn't installed: `pip install '.[gpu]'`"
+    table = Table("why")
+    table.add_row(advice)
+    machine.console().print(table)
+    machine.console().print(advice)
+    assert capsys.readouterr().out.count(".[gpu]") == 2
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def show(console: Console, data: dict[str, Any]) -> None:
         for row in rows:
             table.add_row(f"  {row['contestant']}", *_cells(row))
         if rows:
-            console.print(f"[bold]{results.title(rows[0])}[/bold]", highlight=False)
+            console.print(results.title(rows[0]), style="bold", highlight=False)
             console.print(table)
     for reason, names in results.absent(data["rows"]).items():
         console.print(f"not run: {', '.join(names)}: {reason}", soft_wrap=True)

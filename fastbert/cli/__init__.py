@@ -95,7 +95,8 @@ def _embed(
     texts: Annotated[
         Path,
         typer.Option(
-            help="UTF-8 file with one text per line. A blank line is an empty text: row N is always line N. "
+            help="UTF-8 file with one text per line, or - for standard input, of which a temporary file is made. "
+            "A blank line is an empty text: row N is always line N. "
             'With --engine ray also FILE.parquet with a column "text".'
         ),
     ],

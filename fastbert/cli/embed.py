@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 import fastbert
@@ -133,7 +133,7 @@ def run(options: Options) -> None:
                 typer.echo(f"going on after {before} of {scan.lines} rows", err=True)
             start = time.perf_counter()
             try:
-                _embed_rest(options.texts, file, state, embedder, rows)
+                _embed_rest(options.texts, file, state, scan.lines, embedder, rows)
                 seconds = time.perf_counter() - start
                 _finish(options, rows, {"checkpoint": bert.name, **identity})
             except KeyboardInterrupt:
@@ -251,10 +251,12 @@ def windows(lines: Iterable[texts.Line]) -> Iterator[list[texts.Line]]:
         yield window
 
 
-def _embed_rest(path: Path, file: BinaryIO, state: texts.State, embedder: Embedder, rows: PartialRows) -> None:
-    """Embed the lines that aren't done yet."""
+def _embed_rest(
+    path: Path, file: BinaryIO, state: texts.State, total: int, embedder: Embedder, rows: PartialRows
+) -> None:
+    """Embed those of the ``total`` lines that aren't done yet."""
     file.seek(rows.offset)
-    with _progress(state.size, rows.offset) as advance:
+    with progress(total, rows.kept) as advance:
         for window in windows(texts.lines(path, file, rows.done + 1)):
             first = rows.done
             made, missing = rows.begin(len(window))
@@ -264,7 +266,7 @@ def _embed_rest(path: Path, file: BinaryIO, state: texts.State, embedder: Embedd
                     found = [missing[member] for member in members]
                     made[found] = embeddings
                     whole += found
-                    advance(sum(len(window[index].raw) for index in found))
+                    advance(len(found))
                 rows.append(made, sum(len(line.raw) for line in window))
             except BaseException:
                 rows.keep(first, made, whole)
@@ -291,10 +293,10 @@ def _finish(options: Options, rows: PartialRows, about: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _progress(total: int, completed: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, where that is a terminal; gives the function that moves it on by a number of bytes."""
+def progress(total: int, completed: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, where that is a terminal; gives the function that moves it on by a number of rows."""
     console = Console(stderr=True)
-    columns = (TextColumn("embedding"), BarColumn(), TaskProgressColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total, completed=completed)
         yield lambda size: bar.advance(task, size)

@@ -25,8 +25,6 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from fastbert.cli import checkpoint, embed, machine, parquet, texts
 from fastbert.cli.embed import Options
@@ -99,6 +97,8 @@ def run(options: Options, address: str | None) -> None:
         Refusal: a file, the checkpoint or the cluster can't be used.
         typer.Exit: the user interrupted it.
     """
+    if options.texts == texts.STANDARD_INPUT:
+        raise Refusal("--texts - is this process's standard input; --engine ray needs a file that all machines have")
     # A worker has another working folder.
     options = dataclasses.replace(options, texts=options.texts.absolute(), out=options.out.absolute())
     bert = checkpoint.find(options.model, options.allow_pickle)
@@ -117,13 +117,11 @@ def run(options: Options, address: str | None) -> None:
     done = total - sum(window.rows for window in missing)
     if done:
         typer.echo(f"going on after {done} of {total} rows", err=True)
-    console = Console(stderr=True)
     try:
-        with _cluster(address), Progress(console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("embedding", total=total, completed=done)
+        with _cluster(address), embed.progress(total, done) as advance:
             for rows in _embedded(options, {"checkpoint": bert.name, **identity}, missing):
                 done += rows
-                bar.update(task, completed=done)
+                advance(rows)
     except KeyboardInterrupt:
         typer.echo(f"stopped: {done} of {total} rows are kept, and the same command goes on with them", err=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -103,6 +103,49 @@ def test_rows_are_hugging_faces_in_the_files_order(embed, expected, suffix):
     assert f"{COUNT} rows of 32" in result.stdout
 
 
+def test_standard_input(embed, expected, lines, monkeypatch):
+    given = embed.arguments(texts="-")
+    out, text = given[4], embed.texts.read_bytes()
+    forward, batches = embedding.Embedder._embed, []
+
+    def stop(self, batch):
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        batches.append(len(batch.input_ids))
+        return forward(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding.Embedder, "_embed", stop)
+        assert tiny.run(*given, input=text).exit_code == 130
+    assert "is of a run with another text;" in tiny.refusal(*given, input=text + b"more\n")
+    result = tiny.run(*given, input=text)
+    assert result.exit_code == 0, result.output
+    assert f"going on after {sum(batches)} of {COUNT} rows" in result.stderr
+    torch.testing.assert_close(tiny.load(out), expected, atol=1e-5, rtol=0)
+    assert _left(out) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (b"", "--texts - is empty; it must hold one text per line"),
+        (b"fine\nnot \xff fine\n", "--texts - is not UTF-8: line 2 has byte 0xff"),
+    ],
+)
+def test_standard_input_that_is_no_text(embed, text, told):
+    assert told in tiny.refusal(*embed.arguments(texts="-"), input=text)
+
+
+def test_progress_is_told_in_rows(embed, monkeypatch):
+    # As on a terminal that shows no colours.
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    result, _ = embed()
+    assert result.exit_code == 0, result.output
+    assert f" {COUNT}/{COUNT} rows " in result.stderr
+    assert "bytes" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "settings"),
     [

@@ -248,6 +248,7 @@ def run_of(folder, noted):
         (a_finished_run, "other holds the rows of a run that is finished; --overwrite replaces it"),
         (a_damaged_run, "other has a damaged fastbert.json; --restart begins again"),
         (lambda folder: {"max-length": 4096}, "--max-length"),
+        (lambda folder: {"texts": "-"}, "--texts - is this process's standard input; --engine ray needs a file"),
         (lambda folder: {"device": "cuda"}, "--device is cuda"),
         (lambda folder: {"engine": "local", "address": "auto"}, "--address is auto, and --engine is local"),
     ],

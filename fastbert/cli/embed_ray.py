@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import ipaddress
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 import typer
+from ray._private import ray_constants, services
 
 from fastbert.cli import checkpoint, embed, machine, parquet, texts
 from fastbert.cli.embed import Options
@@ -151,14 +153,45 @@ def _cluster(address: str | None) -> Iterator[None]:
     # Ray prints a machine's troubles (a full disk, a lost worker) on stdout, where our result goes.
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
+            # None where there is no cluster to join; its annotation leaves out that it takes None, too.
+            starts = ours and services.canonicalize_bootstrap_address(address) is None  # type: ignore[arg-type]
+            with _for_this_machine() if starts else contextlib.nullcontext():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
         except (ConnectionError, ValueError) as error:
             raise Refusal(f"--address {address} can't be used: {first_line(error)}") from None
         try:
+            if starts:
+                _check_alone()
             yield
         finally:
             if ours:
                 ray.shutdown()
+
+
+@contextlib.contextmanager
+def _for_this_machine() -> Iterator[None]:
+    """Have Ray start a cluster that listens on the loopback, as it does on Windows and macOS, where it can't be joined.
+
+    Elsewhere it listens on every interface, and no setting of ``ray.init`` says otherwise: it takes the loopback for an
+    oversight and puts the machine's address in its place.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _check_alone() -> None:
+    """Refuse a cluster started here that others can reach, as one of another version of Ray might be."""
+    for node in ray.nodes():
+        address = node["NodeManagerAddress"]
+        if not ipaddress.ip_address(address).is_loopback:
+            raise Refusal(
+                f"ray {ray.__version__} has started a cluster at {address}, which others can reach; start one as you "
+                "want it with `ray start`, and name it with --address"
+            )
 
 
 def _part(out: Path, window: Window) -> Path:

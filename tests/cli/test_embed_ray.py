@@ -1,12 +1,14 @@
 """``fastbert embed --engine ray``: the local engine's rows, each once, also when a machine is lost on the way."""
 
 import contextlib
+import ipaddress
 import json
 import sys
 import threading
 import time
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -268,6 +270,44 @@ def without_workers(monkeypatch):
     """The driver alone; gives what sets what happens in place of the workers."""
     monkeypatch.setattr(embed_ray, "_cluster", lambda address: contextlib.nullcontext())
     return lambda embedded: monkeypatch.setattr(embed_ray, "_embedded", embedded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", [(), ("--address", "local")])
+def test_a_cluster_of_its_own_listens_to_this_machine_alone(arguments, monkeypatch, address):
+    """Case 65."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # A cluster that others have started here is none of this test's.
+    monkeypatch.setattr(ray._private.services, "find_bootstrap_address", lambda folder: None)
+    found = []
+
+    def look(options, about, windows):
+        # With a worker too.
+        assert ray.get(ray.remote(lambda: 1).remote()) == 1
+        mine = psutil.Process()
+        for process in (mine, *mine.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                listening = [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+                found.extend((process.name(), c.laddr.ip.removeprefix("::ffff:")) for c in listening)
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(embed_ray, "_embedded", look)
+    result = tiny.run(*arguments(*address))
+    assert result.exit_code == 130, result.output
+    assert {"raylet", "gcs_server"} <= {name for name, _ in found}
+    assert [(name, ip) for name, ip in found if not ipaddress.ip_address(ip).is_loopback] == []
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_cluster_that_listens_to_all_is_not_used(arguments, monkeypatch):
+    """As another version of Ray might start one."""
+    monkeypatch.setattr(embed_ray, "_for_this_machine", contextlib.nullcontext)
+    told = tiny.run(*arguments("--address", "local"))
+    assert told.exit_code == 2
+    assert "which others can reach" in told.stderr.splitlines()[-1]
+    assert not ray.is_initialized()
 
 
 def test_a_folder_that_is_not_shared(arguments, without_workers):

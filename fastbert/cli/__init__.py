@@ -25,6 +25,7 @@ from fastbert.cli.arguments import (
 )
 from fastbert.cli.errors import Refusal, reported
 from fastbert.cli.options import Dtype, Engine, Pooling
+from fastbert.training.errors import install
 
 app = typer.Typer(
     name="fastbert",
@@ -94,7 +95,8 @@ def _embed(
     texts: Annotated[
         Path,
         typer.Option(
-            help="UTF-8 file with one text per line. A blank line is an empty text: row N is always line N. "
+            help="UTF-8 file with one text per line, or - for standard input, of which a temporary file is made. "
+            "A blank line is an empty text: row N is always line N. "
             'With --engine ray also FILE.parquet with a column "text".'
         ),
     ],
@@ -136,6 +138,7 @@ def _embed(
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin again where a stopped run left something to go on with.")
     ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists already.")] = False,
     allow_pickle: AllowPickleOption = False,
     engine: Annotated[Engine, typer.Option(help="This process, or the machines of a Ray cluster.")] = Engine.local,
     address: Annotated[
@@ -166,9 +169,7 @@ def _embed(
         except ModuleNotFoundError as error:
             if str(error.name).partition(".")[0] != "ray":
                 raise
-            raise Refusal(
-                "--engine ray needs ray, which isn't installed: `pip install '.[ray]'` in fastbert's source tree"
-            ) from None
+            raise Refusal(f"--engine ray needs ray, which isn't installed: {install('ray')}") from None
         embed_ray.run(options, address)
 
 

@@ -23,6 +23,8 @@ class Batch(NamedTuple):
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int) -> list[list[int]]:
     """Ids of each text, ``[CLS]`` and ``[SEP]`` included, cut to ``max_length``."""
+    if not texts:
+        return []
     encoded = tokenizer(
         list(texts), truncation=True, max_length=max_length, return_attention_mask=False, return_token_type_ids=False
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import math
 import pickle
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,12 +14,11 @@ from typing import Any, NamedTuple, TypeVar
 import huggingface_hub
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers.models.bert import modeling_bert
 from transformers.utils import logging
 
-from fastbert.cli import json_files
+from fastbert.cli import configuration, json_files
 from fastbert.cli.errors import Refusal, first_line
 
 _Model = TypeVar("_Model", bound=modeling_bert.BertModel)
@@ -34,7 +34,12 @@ _TOKENIZER = (*_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json"
 _DESCRIPTION = ("config.json", *_TOKENIZER, "modules.json", "sentence_bert_config.json", "*_Pooling/config.json")
 _SAFETENSORS_SHARDS = "model-*-of-*.safetensors"
 _PICKLE_SHARDS = "pytorch_model-*-of-*.bin"
+# Sizes that no weight's shape tells: with another one the same weights give other results.
+_NOT_IN_THE_WEIGHTS = ("num_attention_heads", "num_hidden_layers")
 _KEYS_NAMED = 3
+# [CLS] and [SEP].
+_SHORTEST = 2
+_LONGER_THAN_A_WORD = 1000
 
 
 class Checkpoint(NamedTuple):
@@ -130,6 +135,7 @@ def _load(
     """
     load: Callable[..., tuple[Any, dict[str, Any]]] = kind.from_pretrained
     try:
+        _check_size(checkpoint, config)
         model, report = load(
             checkpoint.folder,
             config=copy.deepcopy(config),
@@ -149,6 +155,9 @@ def _load(
         raise Refusal(f"{_PICKLES[0]} of {checkpoint.name} is damaged or holds more than weights") from error
     except (OSError, RuntimeError, ValueError, ImportError) as error:
         raise Refusal(f"{checkpoint.name} can't be loaded: {first_line(error)}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        # What transformers takes from a configuration besides a BERT's own values, such as a plan to share it out.
+        raise Refusal(f"{checkpoint.name} can't be loaded: {type(error).__name__} {first_line(error)}") from error
     mismatched = sorted(report["mismatched_keys"])
     for key, found, expected in mismatched:
         if not lax or key.startswith(f"{lax}."):
@@ -159,21 +168,50 @@ def _load(
     return model, sorted({*report["missing_keys"], *(key for key, *_ in mismatched)})
 
 
+def _check_size(checkpoint: Checkpoint, config: transformers.BertConfig) -> None:
+    """Refuse a configuration of more parameters than the weights can hold, before anything of that size is made."""
+    there = 0
+    for path in _weights(checkpoint):
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                there += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        else:
+            there += path.stat().st_size
+    described = configuration.parameters(config)
+    # Where less than half is missing, the names of what is missing tell more.
+    if described > 2 * there:
+        raise Refusal(
+            f"the config.json of {checkpoint.name} describes {described:,} parameters, and its weights have {there:,}"
+        )
+
+
 def load_tokenizer(checkpoint: Checkpoint) -> transformers.PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint.
 
     Raises:
-        Refusal: it can't be loaded, or it knows more tokens than the model.
+        Refusal: it can't be used, or it knows more tokens than the model.
     """
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            checkpoint.folder, local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        raise Refusal(f"the tokenizer of {checkpoint.name} can't be loaded: {first_line(error)}") from error
+    tokenizer = tokenizer_in(checkpoint.folder, checkpoint.name)
     highest, size = max(tokenizer.get_vocab().values()), checkpoint.config.vocab_size
     if highest >= size:
         raise Refusal(f"the tokenizer of {checkpoint.name} gives ids up to {highest}, and its model has {size} of them")
+    return tokenizer
+
+
+def tokenizer_in(folder: Path, name: str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer in a folder, whose ``name`` is for people.
+
+    Raises:
+        Refusal: it can't be used.
+    """
+    try:
+        tokenizer: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+        # No vocabulary has a word this long, so one that lacks the unknown token shows it now.
+        tokenizer("x" * _LONGER_THAN_A_WORD, verbose=False)
+    except Exception as error:  # tokenizers raises plain Exception for a damaged file
+        raise Refusal(f"the tokenizer of {name} can't be used: {first_line(error)}") from error
     return tokenizer
 
 
@@ -186,11 +224,18 @@ def length_limit(
     """Tokens after which a text is cut: what was ``requested``, or the least that anything in the checkpoint says.
 
     Raises:
-        Refusal: more than the model has positions for.
+        Refusal: more than the model has positions for, or what the checkpoint says is no number of tokens.
     """
     positions = checkpoint.config.max_position_embeddings
     if requested is None:
-        return min(positions, tokenizer.model_max_length, recommended or positions)
+        limits = [positions, tokenizer.model_max_length, positions if recommended is None else recommended]
+        for limit in limits:
+            whole = isinstance(limit, int | float) and not isinstance(limit, bool) and limit % 1 == 0
+            if not whole or limit < _SHORTEST:
+                raise Refusal(
+                    f"{checkpoint.name} has a limit of {limit} tokens; it must be a whole number, {_SHORTEST} or more"
+                )
+        return int(min(limits))
     if requested > positions:
         raise Refusal(f"--max-length is {requested}; {checkpoint.name} has positions for {positions} tokens")
     return requested
@@ -198,13 +243,21 @@ def length_limit(
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """A hash of the files that the results depend on: configuration, tokenizer and weights."""
-    weights = (*_PICKLES, _PICKLE_SHARDS) if checkpoint.is_pickle else (*_SAFETENSORS, _SAFETENSORS_SHARDS)
     digest = hashlib.sha256()
-    for pattern in ("config.json", *_TOKENIZER, *weights):
-        for path in sorted(checkpoint.folder.glob(pattern)):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in (*_found(checkpoint.folder, ("config.json", *_TOKENIZER)), *_weights(checkpoint)):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def _weights(checkpoint: Checkpoint) -> list[Path]:
+    """The files of the weights, with the index where there are several."""
+    patterns = (*_PICKLES, _PICKLE_SHARDS) if checkpoint.is_pickle else (*_SAFETENSORS, _SAFETENSORS_SHARDS)
+    return _found(checkpoint.folder, patterns)
+
+
+def _found(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return [path for pattern in patterns for path in sorted(folder.glob(pattern))]
 
 
 def _locate(model: str | None) -> tuple[str, Path, bool]:
@@ -253,10 +306,11 @@ def _config(name: str, folder: Path) -> transformers.BertConfig:
     if kind != "bert" and not oldest:
         made_of = f" ({', '.join(map(str, architectures))})" if architectures else ""
         raise Refusal(f"{name} has model_type {kind}{made_of}, which fastbert doesn't serve; it serves model_type bert")
-    try:
-        return transformers.BertConfig.from_dict(found)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        raise Refusal(f"the config.json of {name} isn't valid: {' '.join(str(error).split())}") from error
+    told = f"the config.json of {name}"
+    for size in _NOT_IN_THE_WEIGHTS:
+        if size not in found:
+            raise Refusal(f"{told} isn't valid: it doesn't say {size}")
+    return configuration.make(found, told)
 
 
 def _has(folder: Path, names: Sequence[str]) -> bool:

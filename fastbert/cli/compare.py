@@ -226,7 +226,7 @@ def _print(
         "last layout": route or "none",
     }
     for name, text in lines.items():
-        console.print(f"{name + ':':<13}{text}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name + ':':<13}{text}", highlight=False, soft_wrap=True)
     parts = Table("where", "part", "", "computed by", "why", title="what fastbert ran")
     for row in ran:
         parts.add_row(row.path, row.part, f"×{row.copies}", row.implementation, row.reason)

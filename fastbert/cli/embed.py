@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 import fastbert
@@ -50,6 +50,7 @@ class Options:
     device: Device | None
     threads: int | None
     restart: bool
+    overwrite: bool
     allow_pickle: bool
 
 
@@ -112,6 +113,7 @@ def run(options: Options) -> None:
         typer.Exit: the user interrupted it.
     """
     _check_out(options)
+    _check_absent(options)
     with texts.open_file(options.texts) as file:
         state = texts.state(file)
         scan = texts.scan(options.texts, file)
@@ -126,16 +128,16 @@ def run(options: Options) -> None:
         }
         with PartialRows(options.out, identity, scan.lines, width, options.restart) as rows:
             _check_space(options.out, rows, scan.lines * width * 4)
-            before = rows.done
+            before = rows.kept
             if before:
                 typer.echo(f"going on after {before} of {scan.lines} rows", err=True)
             start = time.perf_counter()
             try:
-                _embed_rest(options.texts, file, state, embedder, rows)
+                _embed_rest(options.texts, file, state, scan.lines, embedder, rows)
                 seconds = time.perf_counter() - start
-                _finish(options.out, rows, {"checkpoint": bert.name, **identity})
+                _finish(options, rows, {"checkpoint": bert.name, **identity})
             except KeyboardInterrupt:
-                kept = f"{rows.done} of {scan.lines} rows are kept, and the same command goes on with them"
+                kept = f"{rows.kept} of {scan.lines} rows are kept, and the same command goes on with them"
                 typer.echo(f"stopped: {kept}", err=True)
                 raise typer.Exit(INTERRUPTED) from None
     made = scan.lines - before
@@ -178,8 +180,15 @@ def _check_out(options: Options) -> None:
         raise Refusal(f"--out {out}: the folder {out.absolute().parent} doesn't exist")
     if out.is_dir():
         raise Refusal(f"--out {out} is a folder; it must be a file")
+    if out.exists() and not out.is_file():
+        raise Refusal(f"--out {out} is no regular file; it would be replaced")
     if out.exists() and options.texts.exists() and out.samefile(options.texts):
         raise Refusal(f"--out {out} is the text file itself")
+
+
+def _check_absent(options: Options) -> None:
+    if options.out.exists() and not options.overwrite:
+        raise Refusal(f"--out {options.out} exists already; --overwrite replaces it when the new one is whole")
 
 
 def choose(options: Options, bert: checkpoint.Checkpoint, tokenizer: PreTrainedTokenizerBase) -> Choice:
@@ -242,39 +251,52 @@ def windows(lines: Iterable[texts.Line]) -> Iterator[list[texts.Line]]:
         yield window
 
 
-def _embed_rest(path: Path, file: BinaryIO, state: texts.State, embedder: Embedder, rows: PartialRows) -> None:
-    """Embed the lines that aren't done yet."""
+def _embed_rest(
+    path: Path, file: BinaryIO, state: texts.State, total: int, embedder: Embedder, rows: PartialRows
+) -> None:
+    """Embed those of the ``total`` lines that aren't done yet."""
     file.seek(rows.offset)
-    with _progress(state.size, rows.offset) as advance:
+    with progress(total, rows.kept) as advance:
         for window in windows(texts.lines(path, file, rows.done + 1)):
-            made = np.empty((len(window), rows.width), np.float32)
-            for members, embeddings in embedder([line.text for line in window]):
-                made[members] = embeddings
-                advance(sum(len(window[i].raw) for i in members))
-            rows.append(made, sum(len(line.raw) for line in window))
+            first = rows.done
+            made, missing = rows.begin(len(window))
+            whole: list[int] = []
+            try:
+                for members, embeddings in embedder([window[index].text for index in missing]):
+                    found = [missing[member] for member in members]
+                    made[found] = embeddings
+                    whole += found
+                    advance(len(found))
+                rows.append(made, sum(len(line.raw) for line in window))
+            except BaseException:
+                rows.keep(first, made, whole)
+                raise
             machine.release_memory()
             if texts.state(file) != state:
                 raise Refusal(f"--texts {path} was changed while it was read; --restart begins again")
 
 
-def _finish(out: Path, rows: PartialRows, about: dict[str, Any]) -> None:
-    finished = rows.path
+def _finish(options: Options, rows: PartialRows, about: dict[str, Any]) -> None:
+    out, finished = options.out, rows.path
     try:
         if out.suffix == ".parquet":
             finished = out.with_name(f"{out.name}.new")
             parquet.write(finished, rows.blocks(parquet.rows_per_group(rows.width)), rows.width, about)
+        # It may have come while this ran.
+        _check_absent(options)
         rows.finish(finished, out)
     except OSError as error:
+        raise rows.refusal(error) from None
+    finally:
         if finished != rows.path:
             finished.unlink(missing_ok=True)
-        raise rows.refusal(error) from None
 
 
 @contextlib.contextmanager
-def _progress(total: int, completed: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, where that is a terminal; gives the function that moves it on by a number of bytes."""
+def progress(total: int, completed: int) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr, where that is a terminal; gives the function that moves it on by a number of rows."""
     console = Console(stderr=True)
-    columns = (TextColumn("embedding"), BarColumn(), TaskProgressColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (TextColumn("embedding"), BarColumn(), MofNCompleteColumn(), TextColumn("rows"), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=total, completed=completed)
         yield lambda size: bar.advance(task, size)

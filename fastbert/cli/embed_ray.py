@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import ipaddress
 import json
 import logging
 import os
@@ -25,8 +26,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 import typer
-from rich.console import Console
-from rich.progress import Progress
+from ray._private import ray_constants, services
 
 from fastbert.cli import checkpoint, embed, machine, parquet, texts
 from fastbert.cli.embed import Options
@@ -34,6 +34,7 @@ from fastbert.cli.errors import INTERRUPTED, Refusal, first_line, reason
 from fastbert.cli.options import Device
 
 _IDENTITY = "fastbert.json"
+_FINISHED = "finished"
 _COLUMN = "text"
 
 
@@ -98,6 +99,8 @@ def run(options: Options, address: str | None) -> None:
         Refusal: a file, the checkpoint or the cluster can't be used.
         typer.Exit: the user interrupted it.
     """
+    if options.texts == texts.STANDARD_INPUT:
+        raise Refusal("--texts - is this process's standard input; --engine ray needs a file that all machines have")
     # A worker has another working folder.
     options = dataclasses.replace(options, texts=options.texts.absolute(), out=options.out.absolute())
     bert = checkpoint.find(options.model, options.allow_pickle)
@@ -109,19 +112,18 @@ def run(options: Options, address: str | None) -> None:
     if not windows:
         raise Refusal(f"--texts {options.texts} is empty; it must hold texts")
     identity = {"model": checkpoint.fingerprint(bert), **choice._asdict(), "dtype": options.dtype}
-    _prepare(options, {"text": list(state), **identity})
-    missing = [window for window in windows if not _part(options.out, window).exists()]
+    noted = {"text": list(state), **identity}
+    _prepare(options, noted, windows)
+    missing = [window for window in windows if not _is_made(options.out, window, bert.config.hidden_size)]
     total = sum(window.rows for window in windows)
     done = total - sum(window.rows for window in missing)
     if done:
         typer.echo(f"going on after {done} of {total} rows", err=True)
-    console = Console(stderr=True)
     try:
-        with _cluster(address), Progress(console=console, disable=not console.is_terminal) as bar:
-            task = bar.add_task("embedding", total=total, completed=done)
+        with _cluster(address), embed.progress(total, done) as advance:
             for rows in _embedded(options, {"checkpoint": bert.name, **identity}, missing):
                 done += rows
-                bar.update(task, completed=done)
+                advance(rows)
     except KeyboardInterrupt:
         typer.echo(f"stopped: {done} of {total} rows are kept, and the same command goes on with them", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -135,6 +137,7 @@ def run(options: Options, address: str | None) -> None:
         )
     for path in options.out.glob(_partial("*")):
         path.unlink(missing_ok=True)
+    _note(options.out, {**noted, _FINISHED: True})
     typer.echo(
         f"{options.out}: {total} rows of {bert.config.hidden_size} float32 numbers in {len(windows)} files, "
         f"{embed.described(choice)}, of {bert.name} in {options.dtype}"
@@ -150,14 +153,45 @@ def _cluster(address: str | None) -> Iterator[None]:
     # Ray prints a machine's troubles (a full disk, a lost worker) on stdout, where our result goes.
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
+            # None where there is no cluster to join; its annotation leaves out that it takes None, too.
+            starts = ours and services.canonicalize_bootstrap_address(address) is None  # type: ignore[arg-type]
+            with _for_this_machine() if starts else contextlib.nullcontext():
+                ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING, ignore_reinit_error=True)
         except (ConnectionError, ValueError) as error:
             raise Refusal(f"--address {address} can't be used: {first_line(error)}") from None
         try:
+            if starts:
+                _check_alone()
             yield
         finally:
             if ours:
                 ray.shutdown()
+
+
+@contextlib.contextmanager
+def _for_this_machine() -> Iterator[None]:
+    """Have Ray start a cluster that listens on the loopback, as it does on Windows and macOS, where it can't be joined.
+
+    Elsewhere it listens on every interface, and no setting of ``ray.init`` says otherwise: it takes the loopback for an
+    oversight and puts the machine's address in its place.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _check_alone() -> None:
+    """Refuse a cluster started here that others can reach, as one of another version of Ray might be."""
+    for node in ray.nodes():
+        address = node["NodeManagerAddress"]
+        if not ipaddress.ip_address(address).is_loopback:
+            raise Refusal(
+                f"ray {ray.__version__} has started a cluster at {address}, which others can reach; start one as you "
+                "want it with `ray start`, and name it with --address"
+            )
 
 
 def _part(out: Path, window: Window) -> Path:
@@ -254,19 +288,54 @@ def _state(path: Path) -> texts.State:
         return texts.state(file)
 
 
-def _prepare(options: Options, identity: dict[str, Any]) -> None:
+def _is_made(out: Path, window: Window, width: int) -> bool:
+    """Whether a window's file is there; one that is damaged is deleted."""
+    path = _part(out, window)
+    if not path.exists():
+        return False
+    if parquet.is_sound(path, window.rows, width):
+        return True
+    typer.echo(f"{path} is damaged; its rows are made again", err=True)
+    path.unlink()
+    return False
+
+
+def _prepare(options: Options, identity: dict[str, Any], windows: list[Window]) -> None:
     """Make the output folder, or make sure that what is in it is of the same run."""
     out = options.out
     if out.exists() and not out.is_dir():
         raise Refusal(f"--out {out} is a file; with --engine ray it must be a folder")
-    noted = out / _IDENTITY
-    if noted.exists():
-        if options.restart:
+    if (out / _IDENTITY).exists():
+        found = _noted(out)
+        finished = found is not None and found.pop(_FINISHED, False)
+        if found == identity:
+            # A file that was lost is made again.
+            finished = finished and all(_part(out, window).exists() for window in windows)
+        if finished and not options.overwrite:
+            raise Refusal(f"--out {out} holds the rows of a run that is finished; --overwrite replaces it")
+        if finished or options.restart:
             for path in out.glob("*.parquet"):
                 path.unlink()
-        elif json.loads(noted.read_text("utf-8")) != identity:
+        elif found is None:
+            raise Refusal(f"--out {out} has a damaged {_IDENTITY}; --restart begins again")
+        elif found != identity:
             raise Refusal(f"--out {out} has rows of another text, checkpoint or setting; --restart begins again")
     elif out.exists() and any(out.iterdir()):
         raise Refusal(f"--out {out} is a folder with other things in it; it must be new or empty")
     out.mkdir(parents=True, exist_ok=True)
-    noted.write_text(json.dumps(identity) + "\n", "utf-8")
+    _note(out, identity)
+
+
+def _noted(out: Path) -> dict[str, Any] | None:
+    """What a run is, as it was noted; None where that is damaged."""
+    try:
+        found = json.loads((out / _IDENTITY).read_text("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _note(out: Path, identity: dict[str, Any]) -> None:
+    new = out / f".{_IDENTITY}.new"
+    new.write_text(json.dumps(identity) + "\n", "utf-8")
+    os.replace(new, out / _IDENTITY)

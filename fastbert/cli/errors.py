@@ -20,12 +20,17 @@ class Refusal(Exception):
 
 @contextmanager
 def reported() -> Iterator[None]:
-    """Turn a ``Refusal`` or ``DataError`` into its message on stderr and exit code 2."""
+    """Turn a ``Refusal``, a ``DataError`` or the system's own error into one line on stderr and exit code 2."""
     try:
         yield
     except (Refusal, DataError) as refusal:
-        typer.echo(f"fastbert: {refusal}", err=True)
-        raise typer.Exit(EXIT_CODE) from None
+        told = str(refusal)
+    except OSError as error:
+        told = f"{error.filename}: {reason(error)}" if error.filename else first_line(error)
+    else:
+        return
+    typer.echo(f"fastbert: {told}", err=True)
+    raise typer.Exit(EXIT_CODE)
 
 
 def first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import sklearn.metrics  # noqa: F401  scores need it: it must not be missed when the training is over
 import transformers
 import typer
 from transformers import BertConfig
@@ -46,7 +47,7 @@ def main(options: Options, settings: Settings) -> None:
         Refusal, DataError: the data, the checkpoint or the output folder can't be used.
     """
     machine.choose_device(options.device, options.threads)
-    run.join_processes(settings.use_cpu)
+    run.join_processes(settings)
     if settings.early_stopping_patience is not None and options.eval is None:
         raise Refusal("--early-stopping-patience needs --eval: without it nothing says which model is better")
     task: Any = tasks.of(options.task)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -19,9 +20,9 @@ _PLAIN_WIDTH = 120
 
 
 def console() -> Console:
-    """A console on stdout, as wide as the terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=_PLAIN_WIDTH)
+    """A console on stdout, as wide as the terminal, that prints brackets as they are."""
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(width=_PLAIN_WIDTH, markup=False)
 
 
 def choose_device(device: Device | None, threads: int | None) -> torch.device:
@@ -63,6 +64,11 @@ def versions() -> dict[str, str | None]:
         "flash-attn": _installed("flash-attn"),
         "cuda": torch.version.cuda,
     }
+
+
+def memory() -> int:
+    """Bytes of main memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def release_memory() -> None:

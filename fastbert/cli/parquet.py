@@ -32,7 +32,19 @@ def write(path: Path, blocks: Iterator[npt.NDArray[np.float32]], width: int, abo
     kind = pa.list_(pa.float32(), width)
     schema = pa.schema([pa.field(COLUMN, kind, nullable=False)], metadata={"fastbert": json.dumps(about)})
     # Embeddings hardly repeat: dictionaries and compression cost time and save nothing.
-    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+    settings: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    with pq.ParquetWriter(path, schema, **settings) as writer:
         for block in blocks:
             column = pa.FixedSizeListArray.from_arrays(pa.array(block.reshape(-1)), width)
             writer.write_batch(pa.record_batch([column], schema=schema))
+
+
+def is_sound(path: Path, rows: int, width: int) -> bool:
+    """Whether a file of ``write`` holds so many rows of ``width`` numbers, as they were written."""
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            found = sum(len(batch) for batch in file.iter_batches(columns=[COLUMN]))
+            kind = file.schema_arrow.field(COLUMN).type
+    except (OSError, ValueError, KeyError):
+        return False
+    return found == rows and kind == pa.list_(pa.float32(), width)

@@ -53,6 +53,8 @@ def main(options: Options) -> None:
         raise Refusal(f"--json {options.json}: the folder {folder} doesn't exist")
     if options.json.is_dir():
         raise Refusal(f"--json {options.json} is a folder; it must be a file")
+    if options.json.exists() and not options.json.is_file():
+        raise Refusal(f"--json {options.json} is no regular file; it would be replaced")
     if options.json.exists() and options.texts.exists() and options.json.samefile(options.texts):
         raise Refusal(f"--json {options.json} is the file of the texts itself")
     device = machine.choose_device(options.device, options.threads)
@@ -61,6 +63,8 @@ def main(options: Options) -> None:
     task: Any = tasks.of(kind)
     tokenizer = checkpoint.load_tokenizer(found)
     examples = task.read_unlabelled(options.texts)
+    if not examples:
+        raise Refusal(f"--texts {options.texts} holds no examples")
     max_length = checkpoint.length_limit(found, tokenizer, options.max_length, trained_length)
     model, _ = checkpoint.load_head(found, task.head, found.config, complete=True)
     model.to(device=device, dtype=getattr(torch, options.dtype)).eval()

@@ -13,11 +13,11 @@ import transformers
 import typer
 from sklearn.metrics import accuracy_score
 from torch import Tensor
-from transformers import AutoTokenizer, BertConfig, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 import fastbert
-from fastbert.cli import checkpoint, json_files, machine
-from fastbert.cli.errors import Refusal, first_line
+from fastbert.cli import checkpoint, configuration, json_files, machine
+from fastbert.cli.errors import Refusal
 from fastbert.cli.options import Device
 from fastbert.models.bert import IGNORED_LABEL
 from fastbert.training import batches, card, corpus, pretraining, run, vocabulary
@@ -74,7 +74,7 @@ def main(options: Options, settings: Settings) -> None:
         Refusal, DataError: the corpus, the checkpoint, the configuration or the output folder can't be used.
     """
     machine.choose_device(options.device, options.threads)
-    run.join_processes(settings.use_cpu)
+    run.join_processes(settings)
     if options.model is not None and options.config is not None:
         raise Refusal("--model and --config are both given; a model's configuration is its own")
     started = checkpoint.find(options.model, options.allow_pickle) if options.model is not None else None
@@ -171,8 +171,7 @@ def _tokenizer(
         learnt = vocabulary.learn(sentences, options.vocab_size, options.max_length, options.lowercase)
         learnt.save_pretrained(settings.output)
     run.wait_for_everyone()
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(settings.output, local_files_only=True)
-    return tokenizer
+    return checkpoint.tokenizer_in(settings.output, str(settings.output))
 
 
 def _model(
@@ -190,10 +189,14 @@ def _model(
             settings = _read_config(options.config)
         settings["vocab_size"] = len(tokenizer)
         settings["pad_token_id"] = tokenizer.pad_token_id
-        try:
-            model = head(BertConfig(**settings))
-        except (TypeError, ValueError) as error:
-            raise Refusal(f"--config {options.config} makes no BERT: {first_line(error)}") from error
+        config = configuration.make(settings, f"--config {options.config}")
+        needed, memory = 4 * configuration.parameters(config), machine.memory()
+        if needed > memory:
+            raise Refusal(
+                f"--config {options.config} describes a BERT of {needed / 1e9:,.1f} GB, and this machine has "
+                f"{memory / 1e9:,.1f} GB of memory"
+            )
+        model = head(config)
     if isinstance(model, fastbert.BertForPreTraining | fastbert.BertForMaskedLM):
         model.sparse_prediction = True
     return model

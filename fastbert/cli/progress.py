@@ -3,7 +3,9 @@
 Two files stand beside the output while a run lasts. ``OUT.partial`` is a ``.npy`` file of the final shape, to which
 each window of rows is appended. ``OUT.progress.json`` says how many rows are whole and where in the text file the next
 one's line begins; it is replaced when the rows are on the disk. So a run that is killed at any moment loses the window
-it was in and no more.
+it was in and no more. One that is interrupted also keeps the rows of that window that are done.
+
+The record holds checksums of the rows and of itself, so that damage to either is refused.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import fcntl
 import io
 import json
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +29,26 @@ from fastbert.cli.errors import Refusal, reason
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _FLOAT32 = np.dtype("<f4")
 _LONGEST_SHOWN = 16
+_BLOCK_BYTES = 1 << 20
+
+
+class _Done(NamedTuple):
+    """How many of the first rows are whole, where the next one's line begins, and their CRC-32.
+
+    ``ahead`` are rows behind them that are whole too, by number.
+    """
+
+    rows: int
+    offset: int
+    crc32: int
+    ahead: Mapping[int, npt.NDArray[np.float32]]
+
+    def crc32_with_ahead(self) -> int:
+        """The checksum of all these rows."""
+        crc32 = self.crc32
+        for _, row in sorted(self.ahead.items()):
+            crc32 = zlib.crc32(row.astype(_FLOAT32).tobytes(), crc32)
+        return crc32
 
 
 class PartialRows:
@@ -40,8 +63,6 @@ class PartialRows:
     Attributes:
         path: the file that holds the rows.
         width: numbers in a row.
-        done: how many of them are whole.
-        offset: where in the text file the line of the next one begins, in bytes.
 
     Raises:
         Refusal: the files can't be written, are damaged, belong to another identity, or another run holds them.
@@ -49,10 +70,12 @@ class PartialRows:
 
     def __init__(self, out: Path, identity: dict[str, Any], rows: int, width: int, restart: bool) -> None:
         self.path = out.with_name(f"{out.name}.partial")
-        self.done = self.offset = 0
+        # One value, so that an interruption finds it as it was or as it will be.
+        self._done = _Done(0, 0, 0, {})
         self._progress = out.with_name(f"{out.name}.progress.json")
         self._identity = identity
         self.width = width
+        self._row_bytes = width * _FLOAT32.itemsize
         self._rows = rows
         self._header = _npy_header(rows, width)
         try:
@@ -78,9 +101,36 @@ class PartialRows:
         self._file.close()
 
     @property
+    def done(self) -> int:
+        """How many of the first rows are whole."""
+        return self._done.rows
+
+    @property
+    def offset(self) -> int:
+        """Where in the text file the line of the row after those begins, in bytes."""
+        return self._done.offset
+
+    @property
+    def kept(self) -> int:
+        """How many rows are whole, with those that an interruption left of a window."""
+        return self._done.rows + len(self._done.ahead)
+
+    @property
     def bytes_left(self) -> int:
         """The size of the rows that are still to be appended."""
-        return (self._rows - self.done) * self.width * _FLOAT32.itemsize
+        return (self._rows - self.done) * self._row_bytes
+
+    def begin(self, count: int) -> tuple[npt.NDArray[np.float32], list[int]]:
+        """Room for the next ``count`` rows, ``[count, width]``, and the indices of those that aren't there yet."""
+        rows = np.empty((count, self.width), np.float32)
+        missing = []
+        for index in range(count):
+            row = self._done.ahead.get(self.done + index)
+            if row is None:
+                missing.append(index)
+            else:
+                rows[index] = row
+        return rows, missing
 
     def append(self, rows: npt.NDArray[np.float32], text_bytes: int) -> None:
         """Add ``rows`` ``[N, width]``, made of ``text_bytes`` bytes of text, and record that they are done.
@@ -88,10 +138,30 @@ class PartialRows:
         Raises:
             Refusal: there is no space left, or writing fails; what was done before is kept.
         """
+        data = rows.astype(_FLOAT32).tobytes()
+        done = self.done + len(rows)
+        ahead = {number: row for number, row in self._done.ahead.items() if number >= done}
         try:
-            self._write(rows.astype(_FLOAT32).tobytes())
+            self._write(self.done, data)
             os.fsync(self._file.fileno())
-            self._record(self.done + len(rows), self.offset + text_bytes)
+            self._record(_Done(done, self.offset + text_bytes, zlib.crc32(data, self._done.crc32), ahead))
+        except OSError as error:
+            raise self.refusal(error) from None
+
+    def keep(self, first: int, rows: npt.NDArray[np.float32], whole: Sequence[int]) -> None:
+        """Add those of ``rows`` ``[N, width]`` whose indices are ``whole``, and record them.
+
+        ``first`` is the number of the first of ``rows``, one that wasn't done when they were begun.
+
+        Raises:
+            Refusal: as ``append``.
+        """
+        added = {first + index: rows[index] for index in whole if first + index >= self.done}
+        try:
+            for number, row in added.items():
+                self._write(number, row.astype(_FLOAT32).tobytes())
+            os.fsync(self._file.fileno())
+            self._record(self._done._replace(ahead={**self._done.ahead, **added}))
         except OSError as error:
             raise self.refusal(error) from None
 
@@ -99,7 +169,7 @@ class PartialRows:
         """All rows, ``rows`` at a time."""
         self._file.seek(len(self._header))
         with open(self._file.fileno(), "rb", closefd=False) as file:
-            while block := file.read(rows * self.width * _FLOAT32.itemsize):
+            while block := file.read(rows * self._row_bytes):
                 yield np.frombuffer(block, _FLOAT32).reshape(-1, self.width)
 
     def finish(self, finished: Path, out: Path) -> None:
@@ -110,7 +180,7 @@ class PartialRows:
 
     def refusal(self, error: OSError) -> Refusal:
         """What to tell the user about a failure to write beside the output."""
-        kept = f"{self.done} of {self._rows} rows are kept, and the same command goes on with them"
+        kept = f"{self.kept} of {self._rows} rows are kept, and the same command goes on with them"
         if error.errno in _NO_SPACE:
             return Refusal(f"no space is left in {self.path.parent}: {kept} once there is")
         return Refusal(f"writing in {self.path.parent} failed ({reason(error)}): {kept}")
@@ -122,14 +192,18 @@ class PartialRows:
             raise Refusal(f"another run is writing {self.path}") from None
 
     def _resume(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
-        if size == 0 or not self._progress.exists():
+        if not self._progress.exists():
+            if not self._header.startswith(self._file.read(len(self._header) + 1)):
+                raise Refusal(f"{self.path} is not of a stopped run; --restart begins again in its place")
             return
         try:
             recorded = json.loads(self._progress.read_text("utf-8"))
-            identity, done, offset = recorded["identity"], int(recorded["rows_done"]), int(recorded["offset"])
-        except (OSError, ValueError, KeyError, TypeError):
-            raise Refusal(f"{self._progress} is damaged; --restart begins again") from None
+            sound = recorded.pop("crc32") == _crc32(recorded)
+            done, identity = int(recorded["rows_done"]), recorded["identity"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            sound = False
+        if not sound:
+            raise Refusal(f"{self._progress} is damaged; --restart begins again")
         differing = [name for name in self._identity if identity.get(name) != self._identity[name]]
         if differing:
             told = ", ".join(_difference(name, identity.get(name), self._identity[name]) for name in differing)
@@ -137,35 +211,69 @@ class PartialRows:
                 f"{self.path} is of a run with another {told}; the same command as then goes on with it, "
                 "and --restart begins again"
             )
-        if size < len(self._header) + done * self.width * _FLOAT32.itemsize:
-            raise Refusal(f"{self.path} is shorter than {self._progress.name} says; --restart begins again")
-        self.done, self.offset = done, offset
+        ahead = {number: self._row(number) for number in recorded["rows_ahead"]}
+        found = _Done(done, recorded["offset"], self._crc32_of_first(done), ahead)
+        if found.crc32_with_ahead() != recorded["rows_crc32"]:
+            raise Refusal(f"{self.path} is damaged: it has other rows than were written; --restart begins again")
+        self._done = found
+
+    def _crc32_of_first(self, rows: int) -> int:
+        """The checksum of so many rows, or of what there is of them."""
+        self._file.seek(len(self._header))
+        crc32, left = 0, rows * self._row_bytes
+        while left and (data := self._file.read(min(left, _BLOCK_BYTES))):
+            crc32 = zlib.crc32(data, crc32)
+            left -= len(data)
+        return crc32
+
+    def _row(self, number: int) -> npt.NDArray[np.float32]:
+        """A row, or what there is of it."""
+        self._file.seek(self._place(number))
+        data = self._file.read(self._row_bytes)
+        return np.frombuffer(data[: len(data) // _FLOAT32.itemsize * _FLOAT32.itemsize], _FLOAT32)
 
     def _prepare(self) -> None:
         """Cut off what isn't whole, so that the next row follows the last one that is."""
         try:
             self._file.seek(0)
-            self._write(self._header)
-            end = len(self._header) + self.done * self.width * _FLOAT32.itemsize
-            self._file.truncate(end)
-            self._file.seek(end)
-            self._record(self.done, self.offset)
+            self._write_all(self._header)
+            self._file.truncate(self._place(max(self._done.ahead, default=self.done - 1) + 1))
+            self._record(self._done)
         except OSError as error:
             raise self.refusal(error) from None
 
-    def _write(self, data: bytes) -> None:
+    def _place(self, number: int) -> int:
+        return len(self._header) + number * self._row_bytes
+
+    def _write(self, number: int, data: bytes) -> None:
+        """Write rows from ``number`` on."""
+        self._file.seek(self._place(number))
+        self._write_all(data)
+
+    def _write_all(self, data: bytes) -> None:
         left = memoryview(data)
         while left:
             left = left[self._file.write(left) :]
 
-    def _record(self, done: int, offset: int) -> None:
+    def _record(self, done: _Done) -> None:
+        record = {
+            "rows_done": done.rows,
+            "offset": done.offset,
+            "rows_ahead": sorted(done.ahead),
+            "rows_crc32": done.crc32_with_ahead(),
+            "identity": self._identity,
+        }
         new = self._progress.with_name(f"{self._progress.name}.new")
         with new.open("w", encoding="utf-8") as file:
-            json.dump({"rows_done": done, "offset": offset, "identity": self._identity}, file, indent=2)
+            json.dump({**record, "crc32": _crc32(record)}, file, indent=2)
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, self._progress)
-        self.done, self.offset = done, offset
+        self._done = done
+
+
+def _crc32(record: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
 
 
 def _npy_header(rows: int, width: int) -> bytes:

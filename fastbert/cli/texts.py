@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -15,6 +18,7 @@ from fastbert.training.errors import DataError
 
 # A longer line is no text but a file without line ends, and reading it whole would not be bounded memory.
 _LONGEST_LINE = 1 << 20
+STANDARD_INPUT = Path("-")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
@@ -40,13 +44,13 @@ class State(NamedTuple):
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a text file for reading.
+    """Open a text file for reading; "-" is a copy of standard input, which can be read more than once.
 
     Raises:
         Refusal: it isn't there, isn't a file, can't be read, or is empty.
     """
     try:
-        file = path.open("rb")
+        file = _copy_of_standard_input() if path == STANDARD_INPUT else path.open("rb")
     except IsADirectoryError:
         raise Refusal(f"--texts {path} is a folder; it must be a text file with one text per line") from None
     except OSError as error:
@@ -60,6 +64,16 @@ def open_file(path: Path) -> BinaryIO:
         return file
     file.close()
     raise Refusal(f"--texts {path} {problem}")
+
+
+def _copy_of_standard_input() -> BinaryIO:
+    file = tempfile.TemporaryFile()  # noqa: SIM115  the caller closes it
+    # There is none where a shell closes it.
+    if sys.stdin is not None:
+        shutil.copyfileobj(sys.stdin.buffer, file)
+    file.flush()
+    file.seek(0)
+    return file
 
 
 def state(file: BinaryIO) -> State:

@@ -21,6 +21,7 @@ from fastbert.cli.arguments import (
 )
 from fastbert.cli.errors import INTERRUPTED, Refusal, reported
 from fastbert.cli.options import Device, Dtype, Scheduler
+from fastbert.training.errors import install
 from fastbert.training.kinds import Kind, Objective
 
 
@@ -256,7 +257,7 @@ def predict(
 ) -> None:
     """Classify texts, find entities in them or answer questions, with a model that was fine-tuned for it."""
     given = locals()
-    with reported(), _packages():
+    with reported():
         from fastbert.cli import predict
 
         predict.main(pick(predict.Options, given))
@@ -282,6 +283,4 @@ def _packages() -> Iterator[None]:
         package = str(error.name).partition(".")[0]
         if package not in ("accelerate", "datasets", "matplotlib", "sklearn"):
             raise
-        raise Refusal(
-            f"training needs {package}, which isn't installed: `pip install '.[train]'` in fastbert's source tree"
-        ) from None
+        raise Refusal(f"training needs {package}, which isn't installed: {install('train')}") from None

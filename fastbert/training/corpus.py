@@ -65,7 +65,10 @@ def _folder(folder: Path) -> list[Document]:
     if dataset is not None:
         if "text" not in dataset.column_names:
             raise DataError(f"{folder} has no column 'text'; it has {', '.join(dataset.column_names)}")
-        return [_of_paragraphs(text) for text in dataset["text"]]
+        return [
+            _of_paragraphs(files.text(text, "text", f"{folder}, row {number}"))
+            for number, text in enumerate(dataset["text"])
+        ]
     paths = sorted(folder.rglob("*.txt"))
     if not paths:
         raise DataError(f"{folder} holds neither .txt files nor a saved dataset")

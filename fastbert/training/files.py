@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastbert.training.errors import DataError
+from fastbert.training.errors import DataError, install
 
 # The standard library's limit of 128 KiB is less than a long document.
 _LONGEST_FIELD = 1 << 27
@@ -44,12 +44,23 @@ def saved_dataset(folder: Path, split: str) -> Any | None:
     """The ``datasets.Dataset`` that ``save_to_disk`` left in ``folder``, or None where it left none.
 
     Of a ``DatasetDict`` it is the part named ``split``.
+
+    Raises:
+        DataError: it is damaged, has no such part, or the package ``datasets`` isn't installed.
     """
     if not any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json")):
         return None
-    import datasets
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise DataError(
+            f"{folder}: a saved dataset needs datasets, which isn't installed: {install('train')}"
+        ) from None
 
-    loaded = datasets.load_from_disk(str(folder))
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # datasets raises what it comes upon in a damaged folder
+        raise DataError(f"{folder} can't be read as a saved dataset: {error}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(f"{folder} has no split {split!r}; it has {', '.join(map(repr, loaded))}")
@@ -60,8 +71,8 @@ def saved_dataset(folder: Path, split: str) -> Any | None:
 def rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
     """The rows of a ``.csv``, ``.tsv`` or ``.jsonl`` file with at least ``columns``.
 
-    A CSV file begins with the columns' names; one that doesn't name any of ``columns`` and has as many is taken to have
-    them in that order.
+    The values of ``columns`` are text. A CSV file begins with the columns' names; one that doesn't name any of
+    ``columns`` and has as many is taken to have them in that order.
 
     Raises:
         DataError: another kind of file, or a line that can't be read or lacks a column.
@@ -78,7 +89,31 @@ def rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:
             if row.values.get(column) is None:
                 there = ", ".join(map(str, row.values)) or "nothing"
                 raise DataError(f"{row.place} has no {column!r}; it has {there}")
-        yield row
+        yield Row(
+            {**row.values, **{column: text(row.values[column], column, row.place) for column in columns}}, row.place
+        )
+
+
+def text(value: Any, name: str, place: str) -> str:
+    """A value as text.
+
+    Args:
+        value: a string, or a number.
+        name, place: what it is called in an error, and where it stands.
+
+    Raises:
+        DataError: it is something else, or holds a surrogate, which JSON can escape and UTF-8 can't encode.
+    """
+    if value is None:
+        raise DataError(f"{place} has no {name!r}")
+    if isinstance(value, list | dict):
+        raise DataError(f"{place} has a {type(value).__name__} as its {name!r}; it must be text")
+    found = str(value)
+    try:
+        found.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{place} has half a character in its {name!r}; it must be Unicode text") from None
+    return found
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
@@ -88,7 +123,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
         place = f"{path}, line {number}"
         try:
             values = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{place} is no JSON: {error}") from None
         if not isinstance(values, dict):
             raise DataError(f"{place} is no JSON object")

@@ -27,12 +27,12 @@ from transformers.models.bert import modeling_bert as hf
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
+from fastbert.training import resume
 from fastbert.training.batches import Batches, Collator, Keyed
 from fastbert.training.errors import DataError
+from fastbert.training.resume import SETTINGS
 from fastbert.training.trainer import LOG, PLOT, Journal, Trainer, is_curve
 
-SETTINGS = "fastbert.json"
-_STATE = "trainer_state.json"
 # Version 2, a layer at a time, each process with its own shards in a checkpoint.
 _FSDP = {"version": 2, "auto_wrap_policy": "NO_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}
 # They say how a run goes on, not what it computes.
@@ -88,22 +88,17 @@ def opened(settings: Settings, about: dict[str, Any]) -> Iterator[Path | None]:
 
     Raises:
         DataError: the folder has a run in it and neither ``resume`` nor ``overwrite`` is asked for; there is none to
-            resume, or one of other settings.
+            resume, one of other settings, or one whose last checkpoint is damaged.
     """
     output = settings.output
     if output.exists() and not output.is_dir():
         raise DataError(f"--output {output} is a file; it must be a folder")
-    if settings.fsdp and PartialState().distributed_type != DistributedType.MULTI_GPU:
-        raise DataError(
-            f"--fsdp shards over the processes of several GPUs, and this run has {PartialState().num_processes} on "
-            f"{PartialState().device.type}; torchrun or accelerate launch starts more"
-        )
     # Through JSON, so that what is compared is what was written.
     decisive = {**about, **_decisive(settings), "processes": PartialState().num_processes}
     wanted = json.loads(json.dumps(decisive, default=str))
     if settings.resume:
-        _check_same(output, wanted)
-        yield _last_checkpoint(output)
+        resume.check_same(output, wanted)
+        yield resume.last_checkpoint(output, PartialState().num_processes, settings.fsdp)
         return
     if output.exists() and any(output.iterdir()) and not settings.overwrite:
         is_run = (output / SETTINGS).exists()
@@ -219,9 +214,22 @@ def _shard(model: PreTrainedModel) -> None:
     fully_shard(model)
 
 
-def join_processes(use_cpu: bool) -> None:
-    """Find the other processes, where torchrun or accelerate has started some. To be called before all else here."""
-    PartialState(cpu=use_cpu or not torch.cuda.is_available())
+def join_processes(settings: Settings) -> None:
+    """Find the other processes, where torchrun or accelerate has started some. To be called before all else here.
+
+    Raises:
+        DataError: what is asked for isn't done on these processes and their devices.
+    """
+    state = PartialState(cpu=settings.use_cpu or not torch.cuda.is_available())
+    if settings.fp16 and settings.bf16:
+        raise DataError("--fp16 and --bf16 are both given; it may be one of them")
+    if settings.fp16 and state.device.type == "cpu":
+        raise DataError("--fp16 is for a GPU, and this run is on cpu; --bf16 runs on both")
+    if settings.fsdp and state.distributed_type != DistributedType.MULTI_GPU:
+        raise DataError(
+            f"--fsdp shards over the processes of several GPUs, and this run has {state.num_processes} on "
+            f"{state.device.type}; torchrun or accelerate launch starts more"
+        )
 
 
 def is_main_process() -> bool:
@@ -246,35 +254,6 @@ def _clear(output: Path) -> None:
             *(output / name for name in (SETTINGS, LOG, PLOT, "tokenizer.json")),
         ):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-
-
-def _check_same(output: Path, wanted: dict[str, Any]) -> None:
-    try:
-        found = json.loads((output / SETTINGS).read_text("utf-8"))
-    except FileNotFoundError:
-        raise DataError(f"--output {output} has no run to resume; without --resume one begins") from None
-    changed = [name for name in wanted if found.get(name) != wanted[name]]
-    if changed:
-        name = changed[0]
-        raise DataError(
-            f"--output {output} holds a run with {name} {found.get(name)}, and {wanted[name]} is asked for; "
-            "--resume needs the same settings"
-        )
-
-
-def _last_checkpoint(output: Path) -> Path | None:
-    """The last checkpoint that was written to its end; Hugging Face writes its state last."""
-    found = [path for path in output.glob("checkpoint-*") if (path / _STATE).is_file()]
-    found = [path for path in found if _is_json(path / _STATE)]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_text("utf-8"))
-    except ValueError:
-        return False
-    return True
 
 
 def _arguments(settings: Settings, best: str | None, evaluates: bool) -> TrainingArguments:

@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 from cli import tiny
+from rich.table import Table
 
 import fastbert
+from fastbert.cli import machine
 
 
 def test_python_m_fastbert_prints_the_version():
@@ -50,6 +52,42 @@ def test_a_wrong_option_is_named_with_its_value_and_what_it_may_be(arguments, na
     assert result.stdout == ""
     for word in named:
         assert word in result.stderr
+
+
+def test_brackets_are_printed_as_they_are(capsys):
+    """Rich takes them for its markup unless it is told not to."""
+    advice = "it isn't installed: `pip install '.[gpu]'`"
+    table = Table("why")
+    table.add_row(advice)
+    machine.console().print(table)
+    machine.console().print(advice)
+    assert capsys.readouterr().out.count(".[gpu]") == 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "--limit", "4", "--texts", "LONG"],
+        ["compare", "--model", "LONG"],
+        ["embed", "--texts", "LONG", "--out", "out.npy"],
+        ["embed", "--texts", "texts.txt", "--out", "LONG.npy"],
+        ["embed", "--texts", "texts.txt", "--out", "texts.txt/out.npy"],
+        ["predict", "--model", "LONG", "--texts", "texts.txt", "--json", "out.json"],
+        ["predict", "--model", "absent", "--texts", "texts.txt", "--json", "LONG"],
+        ["finetune", "--task", "classification", "--train", "LONG", "--output", "out"],
+        ["finetune", "--task", "ner", "--train", "tags.conll", "--output", "texts.txt/out"],
+        ["pretrain", "--corpus", "LONG", "--output", "out"],
+        ["pretrain", "--corpus", "texts.txt", "--config", "LONG", "--output", "out", "--eval-fraction", "0"],
+        ["bench", "--compare", "LONG", "LONG"],
+    ],
+)
+def test_a_path_that_can_not_be_is_told_in_one_line(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.write(tmp_path / "texts.txt", ["the sum", "of the row"])
+    tiny.write(tmp_path / "tags.conll", ["the O", "kernel B-TOOL"])
+    told = tiny.refusal(*(word.replace("LONG", "x" * 300) for word in arguments))
+    assert any(words in told for words in ("File name too long", "Not a directory", "doesn't exist"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", [["compare"], ["embed", "--out", "out.npy"]])

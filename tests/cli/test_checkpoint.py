@@ -248,11 +248,69 @@ def test_code_in_a_pickle_never_runs(refused, folder, tmp_path, options):
     assert not fuse.exists()
 
 
-def test_sizes_that_do_not_go_together(refused, folder):
-    _change_config(folder, num_attention_heads=5)
+COMMANDS = {
+    "compare": (),
+    "embed": ("--texts", "texts.txt", "--out", "out.npy"),
+    "finetune": ("--task", "classification", "--train", "texts.csv", "--output", "out"),
+    "predict": ("--texts", "texts.txt", "--json", "out.json"),
+    "pretrain": ("--corpus", "texts.txt", "--output", "out"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be 1 or more"),
+        ({"num_attention_heads": -4}, "num_attention_heads is -4; it must be 1 or more"),
+        ({"num_attention_heads": None}, "it doesn't say num_attention_heads"),
+        ({"num_attention_heads": 5}, "hidden_size is 32, no multiple of num_attention_heads, which is 5"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers is -1; it must be 1 or more"),
+        ({"num_hidden_layers": None}, "it doesn't say num_hidden_layers"),
+        ({"hidden_size": 0}, "hidden_size is 0; it must be 1 or more"),
+        ({"vocab_size": 0}, "vocab_size is 0; it must be 1 or more"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1; it must be 2 or more"),
+        ({"chunk_size_feed_forward": -1}, "chunk_size_feed_forward is -1; it must be 0 or more"),
+        ({"layer_norm_eps": float("nan")}, "layer_norm_eps is nan; it must be a finite number from 0 on"),
+        ({"layer_norm_eps": float("inf")}, "layer_norm_eps is inf; it must be a finite number from 0 on"),
+        ({"layer_norm_eps": -1.0}, "layer_norm_eps is -1.0; it must be a finite number from 0 on"),
+        ({"initializer_range": float("nan")}, "initializer_range is nan; it must be a finite number from 0 on"),
+        ({"hidden_dropout_prob": float("nan")}, "hidden_dropout_prob is nan; it must be from 0 to 1"),
+        ({"classifier_dropout": 1.5}, "classifier_dropout is 1.5; it must be from 0 to 1"),
+        ({"hidden_act": "nope"}, "hidden_act is nope; it must be one of "),
+        ({"pad_token_id": 1000}, "pad_token_id is 1000; it must be less than vocab_size, which is 69"),
+        ({"dtype": "float7"}, "float7"),
+        ({"id2label": 5}, "'int' object has no attribute 'items'"),
+    ],
+)
+def test_a_hostile_configuration(folder, tmp_path, monkeypatch, command, changes, told):
+    """Case 63."""
+    monkeypatch.chdir(tmp_path)
+    tiny.write(tmp_path / "texts.txt", ["the sum", "", "of the row"])
+    tiny.write(tmp_path / "texts.csv", ["text,label", "the sum,a", "of the row,b"])
+    _change_config(folder, **changes)
+    before = sorted(tmp_path.rglob("*"))
+    line = tiny.refusal(command, "--model", folder, *COMMANDS[command])
+    assert line.startswith("fastbert: the config.json of spoilt isn't valid: ")
+    assert told in line
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**6}, {"vocab_size": 10**9}, {"intermediate_size": 10**8}])
+def test_more_parameters_than_the_weights_can_hold(refused, folder, changes):
+    """Case 63: nothing of that size is made."""
+    _change_config(folder, **changes)
     told = refused(folder)
-    assert "can't be loaded" in told
-    assert "5" in told
+    assert "parameters, and its weights have" in told
+
+
+def test_a_configuration_that_asks_for_tuples(folder, tmp_path):
+    expected = tiny.embeddings(folder, ["the sum"])
+    _change_config(folder, return_dict=False)
+    lines = tiny.write(tmp_path / "texts.txt", ["the sum"])
+    result = tiny.run("embed", "--model", folder, "--texts", lines, "--out", tmp_path / "out.npy", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    torch.testing.assert_close(tiny.load(tmp_path / "out.npy"), expected, atol=1e-5, rtol=0)
 
 
 def test_no_weights(refused, folder):
@@ -282,6 +340,59 @@ def test_no_tokenizer(refused, folder):
 def test_a_damaged_tokenizer(refused, folder):
     (folder / "tokenizer.json").write_text("{}")
     assert "tokenizer" in refused(folder)
+
+
+def test_a_vocabulary_without_the_unknown_token(refused, folder):
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[CLS]", "[SEP]", "[MASK]", "a"]) + "\n")
+    told = refused(folder)
+    assert "the tokenizer of spoilt can't be used" in told
+    assert "[UNK]" in told
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1, "x", 3.5, [5], True])
+@pytest.mark.parametrize(
+    ("name", "key"), [("tokenizer_config.json", "model_max_length"), ("sentence_bert_config.json", "max_seq_length")]
+)
+def test_a_length_limit_that_is_none(refused, folder, name, key, limit):
+    (folder / "modules.json").write_text('[{"type": "sentence_transformers.models.Transformer", "path": ""}]')
+    settings = json.loads((folder / name).read_text()) if (folder / name).exists() else {}
+    (folder / name).write_text(json.dumps({**settings, key: limit}))
+    told = refused(folder)
+    if name == "tokenizer_config.json" and not isinstance(limit, int | float):
+        # The tokenizer itself compares with it.
+        assert "the tokenizer of spoilt can't be used" in told
+    else:
+        assert f"has a limit of {limit} tokens; it must be a whole number, 2 or more" in told
+
+
+_TRANSFORMER = '{"type": "sentence_transformers.models.Transformer", "path": ""}'
+_POOLING = '{"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"}'
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"modules.json": "{"}, "modules.json is no JSON"),
+        ({"modules.json": "[" * 100_000}, "modules.json is no JSON"),
+        ({"modules.json": "{}"}, "modules.json is no list of modules"),
+        ({"modules.json": "[5]"}, "modules.json is no list of modules"),
+        (
+            {"modules.json": f'[{_TRANSFORMER}, {{"type": "a.Pooling", "path": 5}}]'},
+            "modules.json is no list of modules",
+        ),
+        ({"sentence_bert_config.json": "[]"}, "sentence_bert_config.json is no JSON object"),
+        ({"1_Pooling/config.json": "{"}, "config.json is no JSON"),
+        ({"1_Pooling/config.json": '{"pooling_mode": 5}'}, "pooling by 5"),
+        ({"1_Pooling/config.json": '{"pooling_mode": null}'}, "pooling by None"),
+    ],
+)
+def test_a_damaged_recipe(folder, tmp_path, files, told):
+    whole = {"modules.json": f"[{_TRANSFORMER}, {_POOLING}]", "1_Pooling/config.json": '{"pooling_mode": "cls"}'}
+    (folder / "1_Pooling").mkdir()
+    for name, text in {**whole, **files}.items():
+        (folder / name).write_text(text)
+    lines = tiny.write(tmp_path / "texts.txt", ["the sum"])
+    assert told in tiny.refusal("embed", "--model", folder, "--texts", lines, "--out", tmp_path / "out.npy")
 
 
 def test_a_tokenizer_of_another_model(refused, folder):

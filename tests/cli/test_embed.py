@@ -103,6 +103,49 @@ def test_rows_are_hugging_faces_in_the_files_order(embed, expected, suffix):
     assert f"{COUNT} rows of 32" in result.stdout
 
 
+def test_standard_input(embed, expected, lines, monkeypatch):
+    given = embed.arguments(texts="-")
+    out, text = given[4], embed.texts.read_bytes()
+    forward, batches = embedding.Embedder._embed, []
+
+    def stop(self, batch):
+        if len(batches) == 3:
+            raise KeyboardInterrupt
+        batches.append(len(batch.input_ids))
+        return forward(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding.Embedder, "_embed", stop)
+        assert tiny.run(*given, input=text).exit_code == 130
+    assert "is of a run with another text;" in tiny.refusal(*given, input=text + b"more\n")
+    result = tiny.run(*given, input=text)
+    assert result.exit_code == 0, result.output
+    assert f"going on after {sum(batches)} of {COUNT} rows" in result.stderr
+    torch.testing.assert_close(tiny.load(out), expected, atol=1e-5, rtol=0)
+    assert _left(out) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (b"", "--texts - is empty; it must hold one text per line"),
+        (b"fine\nnot \xff fine\n", "--texts - is not UTF-8: line 2 has byte 0xff"),
+    ],
+)
+def test_standard_input_that_is_no_text(embed, text, told):
+    assert told in tiny.refusal(*embed.arguments(texts="-"), input=text)
+
+
+def test_progress_is_told_in_rows(embed, monkeypatch):
+    # As on a terminal that shows no colours.
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    result, _ = embed()
+    assert result.exit_code == 0, result.output
+    assert f" {COUNT}/{COUNT} rows " in result.stderr
+    assert "bytes" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
@@ -171,7 +214,7 @@ def test_the_checkpoints_own_recipe_is_the_default(embed, lines, tmp_path, pooli
     cut = [" ".join(line.split()[:18]) for line in lines]
     own = tiny.embeddings(folder, cut, pooling="cls", normalize=True)
     torch.testing.assert_close(tiny.load(out), own, atol=1e-5, rtol=0)
-    _, out = embed("--pooling", "mean", "--no-normalize", "--max-length", "48", model=folder)
+    _, out = embed("--pooling", "mean", "--no-normalize", "--max-length", "48", model=folder, out="other.npy")
     torch.testing.assert_close(tiny.load(out), tiny.embeddings(folder, lines), atol=1e-5, rtol=0)
 
 
@@ -267,6 +310,110 @@ def test_an_interrupted_run_goes_on(embed, stopped, expected, suffix):
     assert _left(out) == []
 
 
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+@pytest.mark.parametrize("batches", [1, 4])
+def test_rows_of_an_unfinished_window_are_kept(embed, expected, monkeypatch, suffix, batches):
+    """Case 66: however early the stop, and again when the run that goes on is stopped, too."""
+    forward, name = embedding.Embedder._embed, f"out.{suffix}"
+    out = embed.arguments(out=name)[4]
+
+    def stop_after(count):
+        made = 0
+
+        def stop(self, batch):
+            nonlocal made, count
+            if not count:
+                raise KeyboardInterrupt
+            count -= 1
+            made += len(batch.input_ids)
+            return forward(self, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(embedding.Embedder, "_embed", stop)
+            result, _ = embed("--tokens-per-batch", "60", out=name)
+        return made, result
+
+    kept, result = stop_after(batches)
+    assert 0 < kept < WINDOW
+    assert result.exit_code == 130
+    assert f"{kept} of {COUNT} rows are kept" in result.stderr
+    assert not out.exists()
+    more, result = stop_after(batches)
+    assert f"going on after {kept} of {COUNT}" in result.stderr
+    assert f"{kept + more} of {COUNT} rows are kept" in result.stderr
+    rest, result = stop_after(-1)
+    assert result.exit_code == 0, result.output
+    assert f"going on after {kept + more} of {COUNT}" in result.stderr
+    assert kept + more + rest == COUNT
+    torch.testing.assert_close(tiny.load(out), expected, atol=1e-5, rtol=0)
+    assert _left(out) == []
+
+
+@pytest.mark.parametrize("when", range(1, 7))
+def test_ctrl_c_while_rows_are_written(embed, expected, monkeypatch, when):
+    """Before and after the record is in place: each row is kept, and has its own place."""
+    fsync, calls = os.fsync, 0
+
+    def stop(descriptor):
+        nonlocal calls
+        calls += 1
+        if calls == when:
+            raise KeyboardInterrupt
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", stop)
+        stopped, out = embed()
+    assert stopped.exit_code == 130
+    result, out = embed()
+    assert result.exit_code == 0, result.output
+    made = when // 2 * WINDOW
+    assert (f"going on after {made} of {COUNT}" in result.stderr) == (made > 0)
+    torch.testing.assert_close(tiny.load(out), expected, atol=1e-5, rtol=0)
+
+
+def test_ctrl_c_while_parquet_is_written(embed, expected, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetWriter, "write_batch", stop)
+        result, out = embed(out="out.parquet")
+    assert result.exit_code == 130
+    assert f"{COUNT} of {COUNT} rows are kept" in result.stderr
+    assert _left(out) == ["out.parquet.partial", "out.parquet.progress.json"]
+    monkeypatch.setattr(embedding.Embedder, "_embed", lambda *args: pytest.fail("made rows again"))
+    result, out = embed(out="out.parquet")
+    assert result.exit_code == 0, result.output
+    torch.testing.assert_close(tiny.load(out), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("where", ["rows", "numbers", "short"])
+def test_damage_in_an_unfinished_window(embed, monkeypatch, where):
+    forward, made = embedding.Embedder._embed, []
+
+    def stop(self, batch):
+        if made:
+            raise KeyboardInterrupt
+        made.extend(batch.input_ids)
+        return forward(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding.Embedder, "_embed", stop)
+        _, out = embed("--tokens-per-batch", "60")
+    partial, record = (out.with_name(f"out.npy.{name}") for name in ("partial", "progress.json"))
+    if where == "numbers":
+        record.write_text(record.read_text().replace('"rows_ahead": [\n    ', '"rows_ahead": [\n    1'))
+    elif where == "short":
+        os.truncate(partial, os.path.getsize(partial) - 1)
+    else:
+        rows = bytearray(partial.read_bytes())
+        rows[-1] ^= 1
+        partial.write_bytes(rows)
+    assert "is damaged" in tiny.refusal(*embed.arguments())
+    assert embed("--restart")[0].exit_code == 0
+
+
 def test_rows_behind_the_recorded_ones_are_made_again(embed, stopped, expected):
     """As when the machine goes down between the rows and the record."""
     out = stopped()
@@ -327,6 +474,36 @@ def test_restart_begins_again(embed, stopped, checkpoint, lines):
     torch.testing.assert_close(tiny.load(out), tiny.embeddings(checkpoint, lines, "cls"), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("place", [0.0, 0.5, 0.999])
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_a_flipped_bit_in_the_rows(embed, stopped, suffix, place):
+    """Case 62."""
+    out = stopped(out=f"out.{suffix}")
+    partial = out.with_name(f"{out.name}.partial")
+    rows = bytearray(partial.read_bytes())
+    head = len(rows) - 2 * WINDOW * 32 * 4
+    rows[head + int(place * (len(rows) - head))] ^= 1
+    partial.write_bytes(rows)
+    told = tiny.refusal(*embed.arguments(out=f"out.{suffix}"))
+    assert f"{partial} is damaged" in told
+    assert "--restart" in told
+    assert partial.read_bytes() == rows
+    assert embed("--restart", out=f"out.{suffix}")[0].exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["rows_done", "offset"])
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_changed_number_in_the_record(embed, stopped, name, more):
+    """Case 62."""
+    out = stopped()
+    record = out.with_name("out.npy.progress.json")
+    found = json.loads(record.read_text())
+    record.write_text(json.dumps({**found, name: found[name] + more}))
+    told = tiny.refusal(*embed.arguments())
+    assert f"{record} is damaged" in told
+    assert embed("--restart")[0].exit_code == 0
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"rows_done": 1, "offset": 2}'])
 def test_a_damaged_record(embed, stopped, text):
     out = stopped()
@@ -339,7 +516,7 @@ def test_a_damaged_record(embed, stopped, text):
 def test_rows_that_have_gone(embed, stopped):
     out = stopped()
     os.truncate(out.parent / "out.npy.partial", 200)
-    assert "shorter" in tiny.refusal(*embed.arguments())
+    assert "out.npy.partial is damaged" in tiny.refusal(*embed.arguments())
     assert embed("--restart")[0].exit_code == 0
 
 
@@ -353,13 +530,70 @@ def test_two_runs_at_once(embed, stopped):
     assert embed()[0].exit_code == 0
 
 
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_a_finished_output_is_not_overwritten(embed, suffix):
+    _, out = embed(out=f"out.{suffix}")
+    before = out.read_bytes()
+    for options in ([], ["--restart"], ["--pooling", "cls"]):
+        told = tiny.refusal(*embed.arguments(*options, out=f"out.{suffix}"))
+        assert f"--out {out} exists already" in told
+        assert "--overwrite" in told
+    assert out.read_bytes() == before
+    result, _ = embed("--pooling", "cls", "--overwrite", out=f"out.{suffix}")
+    assert result.exit_code == 0, result.output
+    assert out.read_bytes() != before
+    assert _left(out) == []
+
+
 def test_the_old_output_stays_until_the_new_one_is_whole(embed, stopped, tmp_path):
     out = tmp_path / "out.npy"
     out.write_text("old")
-    stopped()
+    stopped("--overwrite")
     assert out.read_text() == "old"
-    assert embed()[0].exit_code == 0
+    assert "--overwrite" in tiny.refusal(*embed.arguments())
+    result, _ = embed("--overwrite")
+    assert result.exit_code == 0
+    assert f"going on after {2 * WINDOW}" in result.stderr
     assert tiny.load(out).shape == (COUNT, 32)
+
+
+@pytest.mark.parametrize("suffix", ["npy", "parquet"])
+def test_an_output_that_appears_meanwhile_is_not_overwritten(embed, monkeypatch, suffix):
+    forward, out = embedding.Embedder._embed, embed.arguments(out=f"out.{suffix}")[4]
+
+    def appear(self, batch):
+        out.write_text("another's")
+        return forward(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embedding.Embedder, "_embed", appear)
+        assert "exists already" in tiny.refusal(*embed.arguments(out=f"out.{suffix}"))
+    assert out.read_text() == "another's"
+    out.unlink()
+    monkeypatch.setattr(embedding.Embedder, "_embed", lambda *args: pytest.fail("made rows again"))
+    result, _ = embed(out=f"out.{suffix}")
+    assert result.exit_code == 0, result.output
+
+
+def test_a_file_of_the_partial_outputs_name_is_not_overwritten(embed, tmp_path):
+    mine = tmp_path / "out.npy.partial"
+    mine.write_text("precious" * 100)
+    told = tiny.refusal(*embed.arguments())
+    assert f"{mine} is not of a stopped run; --restart" in told
+    assert mine.read_text() == "precious" * 100
+    assert embed("--restart")[0].exit_code == 0
+
+
+@pytest.mark.parametrize("size", [0, 50, 128])
+def test_a_run_that_was_killed_at_its_very_beginning(embed, expected, tmp_path, size):
+    """Before its first record, when it may have written the head of the rows."""
+    result, out = embed()
+    head = out.read_bytes()[:size]
+    out.rename(tmp_path / "whole.npy")
+    (tmp_path / "out.npy.partial").write_bytes(head)
+    result, out = embed()
+    assert result.exit_code == 0, result.output
+    torch.testing.assert_close(tiny.load(out), expected, atol=1e-5, rtol=0)
 
 
 def test_a_text_that_changes_meanwhile(embed, monkeypatch):
@@ -473,6 +707,13 @@ def test_an_output_that_can_not_be(embed, tmp_path, out, told):
     assert "--out" in line
     assert told in line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_output_that_is_a_pipe_or_a_device(embed, tmp_path):
+    os.mkfifo(tmp_path / "out.npy")
+    for options in ([], ["--overwrite"]):
+        assert "is no regular file" in tiny.refusal(*embed.arguments(*options))
+    assert (tmp_path / "out.npy").is_fifo()
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):

@@ -1,12 +1,14 @@
 """``fastbert embed --engine ray``: the local engine's rows, each once, also when a machine is lost on the way."""
 
 import contextlib
+import ipaddress
 import json
 import sys
 import threading
 import time
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +17,7 @@ from cli import tiny
 from ray.cluster_utils import Cluster
 
 from fastbert.cli import embed as embedding
-from fastbert.cli import embed_ray
+from fastbert.cli import embed_ray, parquet
 
 COUNT = 300
 WINDOW = 5
@@ -138,13 +140,18 @@ def test_parquet_in_and_going_on(arguments, expected, lines, tmp_path):
 
     whole = rows(out)
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
-    lost = sorted(before)[2:4]
-    for path in lost:
+    assert "--overwrite replaces it" in tiny.refusal(*given)
+    lost = sorted(before)[2:5]
+    for path in lost[:2]:
         path.unlink()
+    damaged = bytearray(lost[2].read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    lost[2].write_bytes(damaged)
     (out / ".0123.partial").write_bytes(b"of a worker that was killed")
     result = tiny.run(*given)
     assert result.exit_code == 0, result.output
-    assert f"going on after {COUNT - 2 * (2 * WINDOW + 1)} of {COUNT} rows" in result.stderr
+    assert f"going on after {COUNT - 3 * (2 * WINDOW + 1)} of {COUNT} rows" in result.stderr
+    assert f"{lost[2]} is damaged; its rows are made again" in result.stderr
     np.testing.assert_array_equal(rows(out), whole)
     assert {path for path, time in before.items() if path.stat().st_mtime_ns != time} == set(lost)
     assert sorted(path.name for path in out.iterdir()) == sorted([*(path.name for path in before), "fastbert.json"])
@@ -212,10 +219,22 @@ def a_file(folder):
 
 
 def another_run(folder):
-    (folder / "other").mkdir()
-    (folder / "other" / "fastbert.json").write_text(json.dumps({"text": [1, 2]}))
-    tiny.write(folder / "other" / "000000000000.parquet", ["precious"])
-    return {"out": folder / "other"}
+    return {"out": run_of(folder / "other", {"text": [1, 2]})}
+
+
+def a_finished_run(folder):
+    return {"out": run_of(folder / "other", {"text": [1, 2], "finished": True})}
+
+
+def a_damaged_run(folder):
+    return {"out": run_of(folder / "other", [])}
+
+
+def run_of(folder, noted):
+    folder.mkdir()
+    (folder / "fastbert.json").write_text(json.dumps(noted))
+    tiny.write(folder / "000000000000.parquet", ["precious"])
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -228,7 +247,10 @@ def another_run(folder):
         (other_things, "mine is a folder with other things in it"),
         (a_file, "a-file is a file; with --engine ray it must be a folder"),
         (another_run, "other has rows of another text, checkpoint or setting; --restart begins again"),
+        (a_finished_run, "other holds the rows of a run that is finished; --overwrite replaces it"),
+        (a_damaged_run, "other has a damaged fastbert.json; --restart begins again"),
         (lambda folder: {"max-length": 4096}, "--max-length"),
+        (lambda folder: {"texts": "-"}, "--texts - is this process's standard input; --engine ray needs a file"),
         (lambda folder: {"device": "cuda"}, "--device is cuda"),
         (lambda folder: {"engine": "local", "address": "auto"}, "--address is auto, and --engine is local"),
     ],
@@ -236,7 +258,9 @@ def another_run(folder):
 def test_refused(arguments, tmp_path, changes, told):
     given = changes(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    assert told in tiny.refusal(*arguments(*(("--restart",) if changes is other_things else ()), **given))
+    assert told in tiny.refusal(
+        *arguments(*(("--restart",) if changes in (other_things, a_finished_run) else ()), **given)
+    )
     assert {path: path.read_bytes() for path in before} == before
     assert not ray.is_initialized()
 
@@ -246,6 +270,44 @@ def without_workers(monkeypatch):
     """The driver alone; gives what sets what happens in place of the workers."""
     monkeypatch.setattr(embed_ray, "_cluster", lambda address: contextlib.nullcontext())
     return lambda embedded: monkeypatch.setattr(embed_ray, "_embedded", embedded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("address", [(), ("--address", "local")])
+def test_a_cluster_of_its_own_listens_to_this_machine_alone(arguments, monkeypatch, address):
+    """Case 65."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # A cluster that others have started here is none of this test's.
+    monkeypatch.setattr(ray._private.services, "find_bootstrap_address", lambda folder: None)
+    found = []
+
+    def look(options, about, windows):
+        # With a worker too.
+        assert ray.get(ray.remote(lambda: 1).remote()) == 1
+        mine = psutil.Process()
+        for process in (mine, *mine.children(recursive=True)):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                listening = [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+                found.extend((process.name(), c.laddr.ip.removeprefix("::ffff:")) for c in listening)
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(embed_ray, "_embedded", look)
+    result = tiny.run(*arguments(*address))
+    assert result.exit_code == 130, result.output
+    assert {"raylet", "gcs_server"} <= {name for name, _ in found}
+    assert [(name, ip) for name, ip in found if not ipaddress.ip_address(ip).is_loopback] == []
+    assert not ray.is_initialized()
+
+
+@pytest.mark.slow
+def test_a_cluster_that_listens_to_all_is_not_used(arguments, monkeypatch):
+    """As another version of Ray might start one."""
+    monkeypatch.setattr(embed_ray, "_for_this_machine", contextlib.nullcontext)
+    told = tiny.run(*arguments("--address", "local"))
+    assert told.exit_code == 2
+    assert "which others can reach" in told.stderr.splitlines()[-1]
+    assert not ray.is_initialized()
 
 
 def test_a_folder_that_is_not_shared(arguments, without_workers):
@@ -262,6 +324,37 @@ def test_a_text_that_changes(arguments, without_workers):
 
     without_workers(change)
     assert "texts.txt was changed while it was read; --restart begins again" in tiny.refusal(*arguments())
+
+
+@pytest.mark.parametrize(("kind", "option"), [(another_run, "--restart"), (a_finished_run, "--overwrite")])
+def test_what_another_run_left_is_deleted_when_asked_for(arguments, without_workers, tmp_path, kind, option):
+    out = kind(tmp_path)["out"]
+    seen = []
+
+    def look(options, about, windows):
+        seen.extend(path.name for path in out.iterdir())
+        raise KeyboardInterrupt
+        yield
+
+    without_workers(look)
+    assert tiny.run(*arguments(option, out=out)).exit_code == 130
+    assert seen == ["fastbert.json"]
+    # It goes on with what is its own now.
+    assert tiny.run(*arguments("--overwrite", out=out)).exit_code == 130
+
+
+def test_a_finished_run_is_noted(arguments, without_workers, tmp_path):
+    def write(options, about, windows):
+        for window in windows:
+            parquet.write(embed_ray._part(options.out, window), iter([np.zeros((window.rows, 32), np.float32)]), 32, {})
+            yield window.rows
+
+    without_workers(write)
+    assert tiny.run(*arguments()).exit_code == 0
+    files = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    for options in ([], ["--restart"], ["--restart", "--pooling", "cls"]):
+        assert "is finished; --overwrite replaces it" in tiny.refusal(*arguments(*options))
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
 
 
 def test_stopped_by_the_user(arguments, without_workers):

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import random
 
 import datasets
@@ -323,6 +324,10 @@ def refused(bert, tmp_path, task, content, name, *more, evaluated=None):
         ("qa", "a.json", "{", "a.json is no JSON"),
         ("qa", "a.json", '{"data": [{"paragraphs": [{"qas": [{}]}]}]}', "is not in SQuAD's format: after its"),
         ("qa", "a.json", '{"data": []}', "holds no examples"),
+        ("qa", "a.json", "[" * 100_000, "a.json is no JSON"),
+        ("classification", "a.jsonl", '{"text": ' + "[" * 100_000, "a.jsonl, line 1 is no JSON"),
+        ("classification", "a.jsonl", '{"text": ["one"], "label": "a"}', "line 1 has a list as its 'text'; it must"),
+        ("classification", "a.jsonl", '{"text": "\\ud800", "label": "a"}', "line 1 has half a character in its 'text'"),
     ],
 )  # fmt: skip
 def test_bad_training_data(bert, tmp_path, task, name, content, told):
@@ -341,6 +346,39 @@ def squad(answer, start):
 def test_an_answer_that_is_not_in_its_context(bert, tmp_path, answer, start, there):
     told = refused(bert, tmp_path, "qa", squad(answer, start), "a.json")
     assert f"question q7: the answer {answer!r} is not in its context at character {start}, where {there} is" in told
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"question": 5}, {"context": 5}, {"text": 5}, {"answer_start": "4"}, {"question": None}, {"question": "\ud800"}],
+)
+def test_a_value_of_another_type_in_squad(bert, tmp_path, change):
+    content = json.loads(squad("kernel", 4))
+    [paragraph] = content["data"][0]["paragraphs"]
+    [question] = paragraph["qas"]
+    for values in (paragraph, question, question["answers"][0]):
+        values.update({name: value for name, value in change.items() if name in values})
+    told = refused(bert, tmp_path, "qa", json.dumps(content), "a.json")
+    assert "a.json is not in SQuAD's format: after its beginning" in told
+
+
+def test_an_answer_that_begins_before_its_context(bert, tmp_path):
+    assert "is not in its context at character -9" in refused(bert, tmp_path, "qa", squad("kernel", -9), "a.json")
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "dataset_dict.json"])
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_damaged_saved_dataset(bert, tmp_path, name, content):
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / name).write_text(content)
+    given = ("--model", bert, "--train", tmp_path / "saved", "--output", tmp_path / "out")
+    assert "saved can't be read" in tiny.refusal("finetune", "--task", "classification", *given)
+
+
+def test_a_saved_dataset_that_lacks_a_text(bert, tmp_path):
+    datasets.Dataset.from_dict({"text": ["one", None], "label": [1, 2]}).save_to_disk(tmp_path / "saved")
+    given = ("--model", bert, "--train", tmp_path / "saved", "--output", tmp_path / "out")
+    assert "saved, row 1 has no 'text'" in tiny.refusal("finetune", "--task", "classification", *given)
 
 
 def test_unknown_labels_in_the_evaluation(bert, tmp_path):
@@ -379,6 +417,102 @@ def test_without_the_packages_that_training_takes(tmp_path, package):
     assert stdout == ""
     wanted = f"training needs {package}, which isn't installed: `pip install '.[train]'` in fastbert's source tree"
     assert stderr.splitlines() == [f"fastbert: {wanted}"]
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--fp16",), "--fp16 is for a GPU, and this run is on cpu; --bf16 runs on both"),
+        (("--fp16", "--bf16"), "--fp16 and --bf16 are both given; it may be one of them"),
+    ],
+)
+def test_mixed_precision_that_can_not_be(bert, tmp_path, monkeypatch, command, options, told):
+    """Before anything is read."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = {
+        "finetune": ("--task", "ner", "--train", tmp_path / "absent.conll"),
+        "pretrain": ("--corpus", tmp_path / "absent.txt"),
+    }
+    told_now = tiny.refusal(command, *given[command], "--model", bert, "--output", tmp_path / "out", *options)
+    assert told in told_now
+    assert not (tmp_path / "out").exists()
+
+
+# And peft, which comes with accelerate only.
+HIDDEN_PACKAGES = ("accelerate", "datasets", "matplotlib", "peft", "sklearn")
+HIDDEN = f"import sys; sys.modules.update(dict.fromkeys({HIDDEN_PACKAGES}))"
+
+
+@pytest.fixture(scope="module")
+def heads(tmp_path_factory):
+    """Heads that have learnt nothing."""
+    folder = tmp_path_factory.mktemp("heads")
+    kinds = {"classification": "Sequence", "ner": "Token"}
+    made = {name: tiny.checkpoint(folder / name, f"BertFor{kind}Classification") for name, kind in kinds.items()}
+    return {**made, "qa": tiny.checkpoint(folder / "qa", "BertForQuestionAnswering")}
+
+
+def test_predict_blank_lines(heads, tmp_path):
+    texts = tiny.write(tmp_path / "texts.txt", ["", "  "])
+    assert [row["entities"] for row in predict(heads["ner"], texts, tmp_path / "out.json")] == [[], []]
+    assert len(predict(heads["classification"], texts, tmp_path / "out.json")) == 2
+
+
+def test_predict_numbers(heads, tmp_path):
+    table = tmp_path / "questions.jsonl"
+    table.write_text('{"question": 5, "context": 678}\n')
+    assert predict(heads["qa"], table, tmp_path / "out.json")[0]["question"] == "5"
+
+
+@pytest.mark.parametrize("kind", ["classification", "ner", "qa"])
+@pytest.mark.parametrize("name", ["empty.txt", "empty.jsonl", "empty.csv"])
+def test_predict_refuses_an_empty_file(heads, tmp_path, kind, name):
+    (tmp_path / name).write_text("")
+    given = ("--model", heads[kind], "--texts", tmp_path / name, "--json", tmp_path / "out.json")
+    told = tiny.refusal("predict", *given)
+    assert "holds no examples" in told or "is no JSON" in told
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_predict_replaces_no_pipe_or_device(heads, tmp_path):
+    texts, out = tiny.write(tmp_path / "texts.txt", ["one"]), tmp_path / "out.json"
+    os.mkfifo(out)
+    told = tiny.refusal("predict", "--model", heads["ner"], "--texts", texts, "--json", out)
+    assert f"--json {out} is no regular file" in told
+    assert out.is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "labels"),
+    [
+        ("BertForSequenceClassification", "the sum\nof the row\n", 3),
+        ("BertForTokenClassification", "the sum\nof the row\n", 5),
+        ("BertForQuestionAnswering", "question,context\nthe,of the row\nsum,the sum\n", 2),
+    ],
+)
+def test_predict_needs_no_training_extra(tmp_path, kind, text, labels):
+    model = tiny.checkpoint(tmp_path / "head", kind, num_labels=labels)
+    texts, out = tmp_path / "texts.csv" if "," in text else tmp_path / "texts.txt", tmp_path / "out.json"
+    texts.write_text(text)
+    process = tiny.start("predict", "--model", model, "--texts", texts, "--json", out, prelude=HIDDEN)
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    found = json.loads(out.read_text())
+    tiny.run("predict", "--model", model, "--texts", texts, "--json", out)
+    assert found == json.loads(out.read_text())
+    assert len(found) == 2
+
+
+def test_predict_of_a_saved_dataset_without_datasets(tmp_path):
+    model = tiny.checkpoint(tmp_path / "head", "BertForSequenceClassification")
+    datasets.Dataset.from_dict({"text": ["the sum"]}).save_to_disk(tmp_path / "saved")
+    given = ("--model", model, "--texts", tmp_path / "saved", "--json", tmp_path / "out.json")
+    process = tiny.start("predict", *given, prelude=HIDDEN)
+    _, stderr = process.communicate()
+    assert process.returncode == 2, stderr
+    assert "a saved dataset needs datasets, which isn't installed: `pip install '.[train]'`" in stderr
+    assert len(stderr.splitlines()) == 1
 
 
 def test_a_checkpoint_of_another_architecture(tmp_path):

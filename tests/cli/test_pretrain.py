@@ -1,9 +1,12 @@
 """``fastbert pretrain``: what is learnt, that a stopped run resumes to the same end, and what is refused."""
 
+import io
 import json
 import random
+import shutil
 import signal
 import time
+import zipfile
 
 import pytest
 import torch
@@ -208,6 +211,98 @@ def test_a_stopped_run_resumes_to_the_same_end(corpus, tmp_path, accumulation):
         torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
 
 
+@pytest.fixture(scope="module")
+def ended(corpus, config, tmp_path_factory):
+    """A run with two checkpoints."""
+    output = tmp_path_factory.mktemp("ended") / "out"
+    result = tiny.run(*arguments(corpus, config, output, **TWO_CHECKPOINTS))
+    assert result.exit_code == 0, result.output
+    return output
+
+
+TWO_CHECKPOINTS = {"steps": 4, "save-steps": 2, "eval-fraction": 0, "threads": 1}
+
+
+def flip(data):
+    """A bit in the middle of an archive's largest part, or of a safetensors file's head, which has no checksum."""
+    if not data.startswith(b"PK"):
+        return data[:100] + b"}" + data[101:]
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        part = archive.read(max(archive.infolist(), key=lambda member: member.file_size))
+    place = data.index(part) + len(part) // 2
+    return data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+@pytest.mark.parametrize("damage", ["flipped", "short", "empty", "text", "missing"])
+def test_a_damaged_checkpoint_of_a_run_is_named(corpus, config, ended, tmp_path, name, damage):
+    """Case 64."""
+    output = tmp_path / "out"
+    shutil.copytree(ended, output)
+    path = output / "checkpoint-4" / name
+    data = path.read_bytes()
+    changed = {"flipped": flip(data), "short": data[:-100], "empty": b"", "text": b"no archive"}
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(changed[damage])
+    before = {left: left.read_bytes() for left in output.rglob("*") if left.is_file()}
+    told = tiny.refusal(*arguments(corpus, config, output, **TWO_CHECKPOINTS), "--resume")
+    assert f"{path} is {'missing' if damage == 'missing' else 'damaged'}" in told
+    assert f"without {path.parent} --resume goes on from the checkpoint before" in told
+    assert {left: left.read_bytes() for left in output.rglob("*") if left.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_damaged_end_of_an_archive(corpus, config, ended, tmp_path, name):
+    """The number of a disk, which torch minds and Python's zipfile doesn't."""
+    output = tmp_path / "out"
+    shutil.copytree(ended, output)
+    path = output / "checkpoint-4" / name
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x06\x06") + 16] ^= 1
+    path.write_bytes(data)
+    told = tiny.refusal(*arguments(corpus, config, output, **TWO_CHECKPOINTS), "--resume")
+    assert f"{path} is damaged" in told
+
+
+def test_a_run_goes_on_without_its_damaged_checkpoint(corpus, config, ended, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(ended, output)
+    shutil.rmtree(output / "checkpoint-4")
+    result = tiny.run(*arguments(corpus, config, output, **TWO_CHECKPOINTS), "--resume")
+    assert result.exit_code == 0, result.output
+    found, expected = weights(output), weights(ended)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_a_damaged_tokenizer_of_a_run(corpus, config, ended, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(ended, output)
+    (output / "tokenizer.json").write_text("{")
+    told = tiny.refusal(*arguments(corpus, config, output, **TWO_CHECKPOINTS), "--resume")
+    assert f"the tokenizer of {output} can't be used" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("checkpoint-4/trainer_state.json", "[]"),
+        ("checkpoint-4/trainer_state.json", '{"global_step": 3}'),
+        ("fastbert.json", "{"),
+        ("fastbert.json", "[]"),
+        ("fastbert.json", "\udcff"),
+    ],
+)
+def test_a_damaged_record_of_a_run_is_named(corpus, config, ended, tmp_path, name, text):
+    output = tmp_path / "out"
+    shutil.copytree(ended, output)
+    (output / name).write_text(text, "utf-8", errors="surrogateescape")
+    told = tiny.refusal(*arguments(corpus, config, output, **TWO_CHECKPOINTS), "--resume")
+    assert f"{output / name} is damaged" in told
+
+
 def test_resume_needs_the_same_settings(corpus, config, tmp_path):
     ours = arguments(corpus, config, tmp_path / "out", steps=2)
     assert "has no run to resume; without --resume one begins" in tiny.refusal(*ours, "--resume")
@@ -252,7 +347,10 @@ def test_refused(corpus, config, checkpoint, tmp_path):
         ("{", "is no JSON"),
         ("[]", "is no JSON object"),
         ('{"model_type": "gpt2"}', "has model_type gpt2; it must be bert"),
-        ('{"hidden_size": 10, "num_attention_heads": 3}', "makes no BERT"),
+        ('{"hidden_size": 10, "num_attention_heads": 3}', "hidden_size is 10, no multiple of num_attention_heads"),
+        ('{"num_attention_heads": 0}', "num_attention_heads is 0; it must be 1 or more"),
+        ('{"hidden_act": "nope"}', "hidden_act is nope; it must be one of"),
+        ('{"num_hidden_layers": 1000000}', "describes a BERT of"),
     ):
         wrong = tmp_path / "wrong.json"
         wrong.write_text(text)

@@ -77,17 +77,17 @@ def embeddings(folder: Path, lines: list[str], pooling: str = "mean", normalize:
     return found / found.norm(dim=1, keepdim=True) if normalize else found
 
 
-def run(*arguments: object) -> Result:
+def run(*arguments: object, input: bytes | None = None) -> Result:
     """The command in this process; an exception that isn't turned into an exit code is raised."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], input=input)
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result
 
 
-def refusal(*arguments: object) -> str:
+def refusal(*arguments: object, input: bytes | None = None) -> str:
     """The one line on stderr with which the command refuses."""
-    result = run(*arguments)
+    result = run(*arguments, input=input)
     assert result.exit_code == 2, result.output
     assert result.stdout == "", result.stdout
     lines = result.stderr.splitlines()

@@ -68,7 +68,11 @@ def test_refused(tmp_path):
     (tmp_path / "folder").mkdir()
     datasets.Dataset.from_dict({"words": ["a"]}).save_to_disk(tmp_path / "wordy")
     datasets.DatasetDict({"dev": datasets.Dataset.from_dict({"text": ["a"]})}).save_to_disk(tmp_path / "dev")
+    datasets.Dataset.from_dict({"text": ["a", None]}).save_to_disk(tmp_path / "null")
+    datasets.Dataset.from_dict({"text": [["a"]]}).save_to_disk(tmp_path / "lists")
     for path, told in [
+        (tmp_path / "null", "null, row 1 has no 'text'"),
+        (tmp_path / "lists", "lists, row 0 has a list as its 'text'; it must be text"),
         (tmp_path / "absent", "doesn't exist; a corpus is a text file, a folder"),
         (empty, "holds no text"),
         (binary, "is not UTF-8: line 2 has byte 0xff"),

@@ -15,6 +15,7 @@ from typing import Any
 
 from fastbert.cli.bench import results
 from fastbert.cli.errors import Refusal
+from fastbert.training.errors import install
 
 # The captions, by the name of the file.
 FIGURES = {
@@ -48,7 +49,7 @@ def draw(data: dict[str, Any], folder: Path, check: bool) -> list[Path]:
     stale = [path for path in stale if not path.exists() or digest not in path.read_text("utf-8")]
     if stale and not check:
         if importlib.util.find_spec("matplotlib") is None:
-            raise Refusal("the figures are drawn by matplotlib, and it isn't installed: `pip install matplotlib`")
+            raise Refusal(f"the figures are drawn by matplotlib, and it isn't installed: {install('bench')}")
         folder.mkdir(parents=True, exist_ok=True)
         for path in stale:
             _save(path, _DRAWN[path.stem], data, digest)

@@ -19,6 +19,7 @@ from fastbert.cli import machine
 from fastbert.cli.bench import results
 from fastbert.cli.errors import Refusal
 from fastbert.cli.options import Device
+from fastbert.training.errors import install
 
 _NEEDED = {"pytest": "pytest", "pytest_benchmark": "pytest-benchmark"}
 # pytest's exit codes for "all passed", "some failed" and "nothing was collected".
@@ -61,10 +62,7 @@ def run(options: Options) -> bool:
         Refusal: pytest isn't installed, no case is left to run, or the suite broke.
     """
     if missing := [name for module, name in _NEEDED.items() if importlib.util.find_spec(module) is None]:
-        raise Refusal(
-            f"the suite runs in pytest, and {', '.join(missing)} isn't installed: `pip install '.[bench]'` in "
-            "fastbert's source tree"
-        )
+        raise Refusal(f"the suite runs in pytest, and {', '.join(missing)} isn't installed: {install('bench')}")
     device = machine.choose_device(options.device, options.threads)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "results.json"
@@ -119,7 +117,7 @@ def show(console: Console, data: dict[str, Any]) -> None:
         for row in rows:
             table.add_row(f"  {row['contestant']}", *_cells(row))
         if rows:
-            console.print(f"[bold]{results.title(rows[0])}[/bold]", highlight=False)
+            console.print(results.title(rows[0]), style="bold", highlight=False)
             console.print(table)
     for reason, names in results.absent(data["rows"]).items():
         console.print(f"not run: {', '.join(names)}: {reason}", soft_wrap=True)

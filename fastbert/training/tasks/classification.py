@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.metrics import accuracy_score, f1_score
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 import fastbert
@@ -87,9 +86,10 @@ class Classification:
             named = getattr(dataset.features.get("label"), "int2str", None)
             found = []
             for number, row in enumerate(dataset):
+                place = f"{folder}, row {number}"
                 if named is not None and row.get("label") is not None:
                     row = {**row, "label": named(row["label"])}
-                found.append(_text(row, f"{folder}, row {number}"))
+                found.append(_text({**row, **{name: files.text(row[name], name, place) for name in columns}}, place))
             return found
         if self.pairs:
             raise DataError(f"{folder} is no saved dataset; pairs come as one, or as a .csv, .tsv or .jsonl file")
@@ -149,6 +149,9 @@ class Classification:
         self, examples: Sequence[Text], encoded: Encoded, labels: Sequence[str], prediction: EvalPrediction
     ) -> dict[str, float]:
         """Accuracy, and the mean of the classes' F1."""
+        # Here, since predictions do without it.
+        from sklearn.metrics import accuracy_score, f1_score
+
         predicted = np.asarray(prediction.predictions).argmax(-1)
         return {
             "accuracy": float(accuracy_score(prediction.label_ids, predicted)),

@@ -108,9 +108,9 @@ class NamedEntities:
         """
         number = {label: index for index, label in enumerate(labels)}
         room = max_length - 2
-        pieces = iter(
-            tokenizer([w for e in examples for w in e.words], add_special_tokens=False, verbose=False)["input_ids"]
-        )
+        all_words = [word for example in examples for word in example.words]
+        # A tokenizer takes no empty list.
+        pieces = iter(tokenizer(all_words, add_special_tokens=False, verbose=False)["input_ids"] if all_words else [])
         found: list[dict[str, Any]] = []
         for at, example in enumerate(examples):
             ids: list[int] = []

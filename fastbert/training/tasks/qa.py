@@ -8,7 +8,7 @@ import re
 import string
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,6 +18,8 @@ from fastbert.training import files
 from fastbert.training.batches import Collator
 from fastbert.training.errors import DataError
 from fastbert.training.tasks.encoded import Encoded, logits
+
+_Value = TypeVar("_Value", str, int)
 
 # Tokens by which the windows of a long context overlap at most, tokens of an answer at most, and how many of the
 # likeliest starts and ends are paired: those of the original implementation.
@@ -63,7 +65,7 @@ class QuestionAnswering:
     def _read(self, path: Path, answered: bool) -> list[Question]:
         try:
             data = json.loads("\n".join(files.lines(path)))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is no JSON: {error}") from None
         found = []
         try:
@@ -72,17 +74,18 @@ class QuestionAnswering:
                     for qa in paragraph["qas"]:
                         answers = None
                         if answered:
-                            answers = tuple((a["text"], a["answer_start"]) for a in qa["answers"])
-                        found.append(Question(str(qa["id"]), qa["question"], paragraph["context"], answers))
-        except (KeyError, TypeError) as error:
+                            answers = tuple((_of(a, "text", str), _of(a, "answer_start", int)) for a in qa["answers"])
+                        asked, context = _of(qa, "question", str), _of(paragraph, "context", str)
+                        found.append(Question(str(qa["id"]), asked, context, answers))
+        except (KeyError, TypeError, UnicodeEncodeError) as error:
             raise DataError(
                 f"{path} is not in SQuAD's format: after {found[-1].id if found else 'its beginning'} "
                 f"{error} is missing or of another type"
             ) from None
         for question in found:
             for text, start in question.answers or ():
-                if not text or question.context[start : start + len(text)] != text:
-                    there = question.context[start : start + len(text)]
+                there = question.context[max(start, 0) : max(start + len(text), 0)]
+                if not text or start < 0 or there != text:
                     raise DataError(
                         f"{path}, question {question.id}: the answer {text!r} is not in its context at character "
                         f"{start}, where {there!r} is"
@@ -181,6 +184,16 @@ class QuestionAnswering:
             {"id": example.id, "question": example.question, **answer}
             for example, answer in zip(examples, answers, strict=True)
         ]
+
+
+def _of(values: Any, name: str, kind: type[_Value]) -> _Value:
+    """A value of that type; a text is one that UTF-8 can encode."""
+    value = values[name]
+    if not isinstance(value, kind):
+        raise TypeError(f"{name!r}, which is {value!r},")
+    if isinstance(value, str):
+        value.encode()
+    return value
 
 
 def best_answers(

@@ -1,0 +1,119 @@
+"""What a stopped run goes on with, refused where it is damaged or of another run."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_pt_utils import safe_globals
+
+from fastbert.training.errors import DataError
+
+SETTINGS = "fastbert.json"
+_STATE = "trainer_state.json"
+_WEIGHTS = "model.safetensors"
+
+
+def check_same(output: Path, wanted: dict[str, Any]) -> None:
+    """Compare what is asked for with what the run in ``output`` is.
+
+    Raises:
+        DataError: there is none, its record is damaged, or it has other settings.
+    """
+    path = output / SETTINGS
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"--output {output} has no run to resume; without --resume one begins") from None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise DataError(f"{path} is damaged, so nothing says what the run in {output} is; --overwrite begins again")
+    changed = [name for name in wanted if found.get(name) != wanted[name]]
+    if changed:
+        name = changed[0]
+        raise DataError(
+            f"--output {output} holds a run with {name} {found.get(name)}, and {wanted[name]} is asked for; "
+            "--resume needs the same settings"
+        )
+
+
+def last_checkpoint(output: Path, processes: int, sharded: bool) -> Path | None:
+    """The last checkpoint that was written to its end; Hugging Face writes its state last.
+
+    Args:
+        output: the run's folder.
+        processes: how many it has; each keeps the state of its random numbers.
+        sharded: whether the weights and the optimizer's state are in shards.
+
+    Raises:
+        DataError: a file of it is missing or damaged.
+    """
+    found = [path for path in output.glob("checkpoint-*") if _load(path / _STATE) is not None]
+    last = max(found, key=_step, default=None)
+    if last is None:
+        return None
+    state = _load(last / _STATE)
+    if not isinstance(state, dict) or state.get("global_step") != _step(last):
+        raise _unusable(last / _STATE, "damaged")
+    archives = ["scheduler.pt"]
+    archives += [f"rng_state_{process}.pth" for process in range(processes)] if processes > 1 else ["rng_state.pth"]
+    if not sharded:
+        archives.append("optimizer.pt")
+        _check(last / _WEIGHTS, _is_sound_safetensors)
+    for name in archives:
+        _check(last / name, _is_sound_archive)
+    return last
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _load(path: Path) -> Any:
+    """What a JSON file holds; None where it isn't there, or isn't whole."""
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+
+
+def _check(path: Path, is_sound: Any) -> None:
+    if not path.is_file():
+        raise _unusable(path, "missing")
+    if not is_sound(path):
+        raise _unusable(path, "damaged")
+
+
+def _unusable(path: Path, how: str) -> DataError:
+    return DataError(f"{path} is {how}; without {path.parent} --resume goes on from the checkpoint before")
+
+
+def _is_sound_archive(path: Path) -> bool:
+    """Whether a file of ``torch.save`` is as it was written.
+
+    It is a zip archive, which holds a checksum of each of its parts. Torch compares none, and looks at places of its
+    own, so both must read it.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                return False
+        with safe_globals():
+            torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception:  # what is raised depends on where the damage is
+        return False
+    return True
+
+
+def _is_sound_safetensors(path: Path) -> bool:
+    """Whether a file has the length that its head tells."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False

@@ -75,4 +75,5 @@ def test_loss_and_every_gradient(dtype, seqlen, runs, monkeypatch):
             scale = exact[path.replace("key", "query")].abs().max().item()
             assert parity.distance(gradient, exact[path]) <= terms * torch.finfo(dtype).eps * scale
             continue
-        parity.compare(path, gradient, exact[path], eager[path])
+        # In float32 the gradients of attention have rounding steps of their own (ops/problems.py), and pass them on.
+        parity.compare(path, gradient, exact[path], eager[path], 4 if dtype == torch.float32 else 1)

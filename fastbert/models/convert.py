@@ -6,6 +6,7 @@ import contextlib
 import gc
 import importlib
 import threading
+import warnings
 from collections.abc import Iterator
 from types import ModuleType
 from typing import TypeVar
@@ -29,7 +30,8 @@ def accelerate(model: _Model, strict: bool = False) -> _Model:
     """Fuse every Hugging Face BERT inside ``model``, in place, and return ``model``.
 
     Weights, hooks and the module tree stay as they are; only the classes of BERT's modules change, so it works on
-    anything that holds a BERT: a head, a ``SentenceTransformer``, a PEFT model, an ``EncoderDecoderModel``.
+    anything that holds a BERT: a head, a ``SentenceTransformer``, a PEFT model, an ``EncoderDecoderModel``. Where there
+    is none it warns, and changes nothing.
 
     Args:
         model: any module.
@@ -39,17 +41,23 @@ def accelerate(model: _Model, strict: bool = False) -> _Model:
         ValueError: ``strict``, and ``model`` holds no BERT, or none of those it holds can be packed; the message says
             why.
     """
-    bert.fuse(model)
+    changed = bert.fuse(model)
+    if not changed and not strict and not any(isinstance(part, bert.BertModel) for part in model.modules()):
+        warnings.warn(f"nothing was fused: {_no_bert(model)}", stacklevel=2)
     if strict:
         found = {path or "the model": part for path, part in model.named_modules() if isinstance(part, bert.BertModel)}
         if not found:
-            kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-            raise ValueError(f"model holds no BERT of Hugging Face's to fuse; it is {type(model).__name__} ({kind})")
+            raise ValueError(_no_bert(model))
         reasons = {path: bert.static_padded_reason(part) for path, part in found.items()}
         if all(reasons.values()):
             told = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
             raise ValueError(f"no BERT in model can be packed: {told}")
     return model
+
+
+def _no_bert(model: nn.Module) -> str:
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    return f"model holds no BERT of Hugging Face's to fuse; it is {type(model).__name__} ({kind})"
 
 
 def refresh(model: nn.Module) -> None:

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.bert import modeling_bert
 
 from fastbert.backends import onednn, prepacked, select
-from fastbert.models import bert, layers, upstream
+from fastbert.models import bert, interface, layers, upstream
 
 _LAYER = re.compile(r"\.layer\.(\d+)")
 
@@ -32,6 +34,16 @@ class Part:
     reason: str
 
 
+class Explanation(list[Part]):
+    """The rows, which have been printed: an interactive session doesn't show them again."""
+
+    def __repr__(self) -> str:
+        return f"<explanation of {len(self)} parts>"
+
+    def _ipython_display_(self) -> None:
+        pass
+
+
 def explain(model: nn.Module) -> list[Part]:
     """Print, and return as data, which implementation each part of every BERT in ``model`` uses and why.
 
@@ -45,10 +57,11 @@ def explain(model: nn.Module) -> list[Part]:
     for heading in ("path", "part", "implementation", "why"):
         table.add_column(heading, overflow="fold")
     for row in _merge_layers(rows):
-        table.add_row(*dataclasses.astuple(row))
+        # As text, not as markup: an extra in brackets would be taken for a style.
+        table.add_row(*map(Text, dataclasses.astuple(row)))
     # What isn't a terminal has no width of its own; 80 columns would break the paths.
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-    return rows
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    return Explanation(rows)
 
 
 def _merge_layers(rows: list[Part]) -> list[Part]:
@@ -71,9 +84,27 @@ def _explain_module(path: str, module: nn.Module) -> list[Part]:
     if isinstance(module, bert.BertModel):
         parts = [] if upstream.unknown(module, "BertModel") else _parts(path, module)
         return [*_layout(path, module), *parts]
+    rows = []
     if isinstance(module, _HuggingFaceBertModel):
-        return [Part(path, "BertModel", "Hugging Face", "fastbert.accelerate(model) has not been called on it")]
-    return []
+        rows.append(Part(path, "BertModel", "Hugging Face", "fastbert.accelerate(model) has not been called on it"))
+    if _attends_by_name(module):
+        rows.append(_op(path, "attention", "attention", _attention_request(module)))
+    return rows
+
+
+def _attends_by_name(module: nn.Module) -> bool:
+    """Whether it is a model whose own layers look up ``attn_implementation="fastbert"``, and not one around such."""
+    config = getattr(module, "config", None)
+    if not isinstance(module, PreTrainedModel) or getattr(config, "_attn_implementation", None) != interface.NAME:
+        return False
+    return not any(isinstance(part, PreTrainedModel) for part in list(module.modules())[1:])
+
+
+def _attention_request(model: Any) -> select.Request:
+    config = model.config
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dropout_p = getattr(config, "attention_probs_dropout_prob", 0.0) if model.training else 0.0
+    return select.Request(model.device.type, model.dtype, float(dropout_p), size)
 
 
 def _layout(path: str, model: bert.BertModel) -> list[Part]:
@@ -88,11 +119,9 @@ def _layout(path: str, model: bert.BertModel) -> list[Part]:
 def _parts(path: str, model: bert.BertModel) -> list[Part]:
     config = model.config
     training = model.training
-    hidden_p, probs_p = (config.hidden_dropout_prob, config.attention_probs_dropout_prob) if training else (0.0, 0.0)
+    hidden_p = config.hidden_dropout_prob if training else 0.0
     hidden = select.Request(model.device.type, model.dtype, float(hidden_p))
-    attention = dataclasses.replace(
-        hidden, dropout_p=float(probs_p), head_size=config.hidden_size // config.num_attention_heads
-    )
+    attention = _attention_request(model)
     layout_reason = bert.static_padded_reason(model)
     if layout_reason:
         rows = [Part(f"{path}.embeddings", "embeddings", "Hugging Face", layout_reason)]
@@ -102,6 +131,14 @@ def _parts(path: str, model: bert.BertModel) -> list[Part]:
         where = f"{path}.encoder.layer.{index}"
         if not isinstance(layer, layers.BertLayer):
             continue
+        if not training and not layout_reason:
+            with torch.no_grad():
+                divided = layer.divided(torch.empty(1, config.hidden_size, dtype=model.dtype, device=model.device))
+            rows.append(
+                Part(where, "its parts", "one by one" if divided else "one call", divided or "by the extension")
+            )
+            if not divided:
+                continue
         attend = layer.attention.self
         if layout_reason:
             rows.append(Part(f"{where}.attention.self", "query, key, value", "modules, one by one", layout_reason))
@@ -119,12 +156,6 @@ def _parts(path: str, model: bert.BertModel) -> list[Part]:
         rows.append(
             _fused_or_op(f"{where}.intermediate", "dense, GELU", layer.intermediate, "linear_gelu", hidden, training)
         )
-        if not training and not layout_reason:
-            with torch.no_grad():
-                divided = layer.divided(torch.empty(1, config.hidden_size, dtype=model.dtype, device=model.device))
-            rows.append(
-                Part(where, "its parts", "one by one" if divided else "one call", divided or "by the extension")
-            )
         if training and not layout_reason:
             kept = "computed again" if (reason := layer.unfused()) is None else "kept"
             rows.append(Part(where, "first LayerNorm and GELU, for the backward", kept, reason or "one function"))
@@ -151,7 +182,12 @@ def _fused_or_op(
 def _op(path: str, part: str, op: str, request: select.Request) -> Part:
     rows = select.table(op).explain(request)
     chosen = next(row for row in rows if row.chosen)
-    passed_over = [f"{row.implementation}: {'; '.join(row.reasons)}" for row in rows[: rows.index(chosen)]]
+    # What is for other devices would only hide why something for this one was passed over.
+    passed_over = [
+        f"{row.implementation}: {'; '.join(row.reasons)}"
+        for row in rows[: rows.index(chosen)]
+        if not any(reason.startswith("it runs on ") for reason in row.reasons)
+    ]
     return Part(path, part, f"ops.{op}: {chosen.implementation}", "; ".join(passed_over) or "first choice")
 
 

@@ -5,6 +5,7 @@ import inspect
 import subprocess
 import sys
 import textwrap
+import warnings
 
 import pytest
 import torch
@@ -446,6 +447,59 @@ def test_explain_is_data_and_text(capsys):
     # For each of two layers: projections, attention, attention output, output, intermediate; and whether in one call.
     assert sum(".encoder.layer." in row.path for row in rows) == 2 * 6
     assert "last forward" not in by_part
+
+
+def test_explain_shows_the_rows_once():
+    """A notebook shows what the last line returns; so does a prompt."""
+    rows = fastbert.explain(twins.twins()[1])
+    assert repr(rows) == f"<explanation of {len(rows)} parts>"
+    assert rows._ipython_display_() is None
+
+
+def test_explain_shows_brackets(capsys, monkeypatch):
+    told = "Triton can't be imported: `pip install '.[gpu]'`"
+    monkeypatch.setattr(layers, "unserved", lambda x: told)
+    fastbert.explain(twins.twins()[1])
+    assert told in capsys.readouterr().out
+
+
+def test_explain_tells_of_this_device_alone():
+    rows = fastbert.explain(twins.twins()[1])
+    assert not [row for row in rows if "it runs on cuda" in row.reason]
+    (row,) = {row.reason for row in rows_of(twins.twins(hidden_dropout_prob=0.1)[1].half(), "attention")}
+    assert "it computes in" in row
+
+
+def test_explain_tells_of_one_call_alone():
+    sizes = {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 160}
+    fast = twins.twins(**sizes)[1]
+    if fast.encoder.layer[0].divided(torch.zeros(1, 96)):
+        pytest.skip("this processor has no kernels for a layer in one call")
+    rows = [row for row in fastbert.explain(fast) if ".encoder." in row.path]
+    assert [(row.path, row.part, row.implementation) for row in rows] == [
+        (f"model.encoder.layer.{index}", "its parts", "one call") for index in range(2)
+    ]
+
+
+@pytest.mark.parametrize("model_class", [hf.BertModel, transformers.RobertaModel, transformers.BertForMaskedLM])
+def test_explain_tells_of_attention_by_name(model_class):
+    config = twins.config() if "Bert" in model_class.__name__[:4] else transformers.RobertaConfig(
+        vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+    )  # fmt: skip
+    config._attn_implementation = "fastbert"
+    rows = rows_of(model_class(config).eval(), "attention")
+    assert len(rows) == 1
+    assert rows[0].implementation.startswith("ops.attention: ")
+
+
+def test_accelerate_warns_where_it_fused_nothing():
+    model = nn.Sequential(nn.Linear(2, 2))
+    told = r"nothing was fused: model holds no BERT of Hugging Face's to fuse; it is Sequential \(Sequential\)"
+    with pytest.warns(UserWarning, match=told):
+        assert fastbert.accelerate(model) is model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastbert.accelerate(fastbert.accelerate(twins.twins("BertForMaskedLM")[0]))
 
 
 def test_explain_tells_of_training():

@@ -273,3 +273,17 @@ def test_checkpoints_go_both_ways(name, tmp_path):
         assert torch.equal(value, loaded_fast.state_dict()[key])
         assert torch.equal(value, loaded_stock.state_dict()[key])
     assert loaded_fast.config.architectures == [name]
+
+
+@pytest.mark.parametrize("padding", [1, 2, 7])
+@pytest.mark.parametrize("length", [1, 2, 3, 9, 10, 11, 16, 17])
+def test_left_padding_under_a_pooler(length, padding):
+    """The pooler reads the first position: where that is padding in any row, the batch stays padded, however short."""
+    reference, fast = twins.twins()
+    inputs = twins.batch(3, length + padding, "none")
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["attention_mask"][1, :padding] = 0
+    with torch.no_grad():
+        expected, found = reference(**inputs), fast(**inputs)
+    assert fast.route == "the head or the pooler uses the states of padded positions"
+    torch.testing.assert_close(found.pooler_output, expected.pooler_output, atol=1e-5, rtol=0)

@@ -1,11 +1,9 @@
 #include "amx.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <utility>
 
+#include "../common/aligned_array.h"
 #include "../common/amx.h"
 
 namespace fastbert::linear {
@@ -217,10 +215,6 @@ FASTBERT_AMX void compute(const Args& args, int64_t first_panel, int64_t last_pa
 
 using Compute = void (*)(const Args&, int64_t, int64_t, int64_t, int64_t, float*);
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
 }  // namespace
 
 FASTBERT_AMX void amx_pack(const uint16_t* weight, uint16_t* packed, int64_t features, int64_t depth) {
@@ -249,10 +243,8 @@ void amx_forward(const Args& args, int num_threads) {
   const int64_t down = std::clamp<int64_t>(row_panels / kOwnPanels, 1, num_threads);
   const int64_t across = std::clamp<int64_t>(num_threads / down, 1, feature_panels);
   const int64_t threads = across * down;
-  const int64_t floats = round_up(scratch_floats(args), 16);
-  const std::unique_ptr<float, Free> memory(
-      static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(threads * floats) * sizeof(float))));
-  if (memory == nullptr) throw std::bad_alloc();
+  const int64_t floats = whole_lines<float>(scratch_floats(args));
+  const AlignedArray<float> memory = aligned_array<float>(threads * floats);
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
   for (int64_t thread = 0; thread < threads; ++thread) {
     const int64_t i = thread / across;

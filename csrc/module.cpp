@@ -19,6 +19,7 @@
 #include "common/dropout.h"
 #include "common/dtype.h"
 #include "common/philox_host.h"
+#include "common/processor.h"
 #include "common/simd.h"
 #include "encoder_layer/encoder_layer.h"
 #include "linear/amx.h"
@@ -232,6 +233,28 @@ py::dict build_info() {
   info["cuda_absent"] = FASTBERT_CUDA_ABSENT;  // why
 #endif
   return info;
+}
+
+py::dict processor_words() {
+  const Processor processor = this_processor();
+  py::dict words;
+  words["leaf1_ecx"] = processor.leaf1_ecx;
+  words["leaf7_ebx"] = processor.leaf7_ebx;
+  words["leaf7_edx"] = processor.leaf7_edx;
+  words["leaf7_1_eax"] = processor.leaf7_1_eax;
+  words["extended1_ecx"] = processor.extended1_ecx;
+  words["xcr0"] = processor.xcr0;
+  return words;
+}
+
+py::dict instructions_of(uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_edx, uint32_t leaf7_1_eax,
+                         uint32_t extended1_ecx, uint32_t xcr0) {
+  const Processor processor{leaf1_ecx, leaf7_ebx, leaf7_edx, leaf7_1_eax, extended1_ecx, xcr0};
+  py::dict instructions;
+  instructions["AVX2"] = has_v3(processor);
+  instructions["AVX512"] = has_v4(processor);
+  instructions["AMX"] = has_amx(processor);
+  return instructions;
 }
 
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
@@ -469,6 +492,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         arg("seed"), arg("threshold"), arg("scale"), arg("num_threads"),
         "probabilities [sequences, heads, queries, keys], float32, *= scale * mask, in place.");
 
+  m.def("processor", &processor_words, "The words of CPUID that tell what this processor can do, and its XCR0.");
+  m.def("instructions_of", &instructions_of, py::kw_only(), arg("leaf1_ecx"), arg("leaf7_ebx"), arg("leaf7_edx"),
+        arg("leaf7_1_eax"), arg("extended1_ecx"), arg("xcr0"),
+        "Whether a processor that tells this can run the kernels for AVX2, AVX512 and AMX, by their names.");
   m.def("amx_missing", &amx_missing, "Why the kernels for AMX can't run, or None.");
   m.attr("AVX2") = static_cast<int>(Simd::kV3);
   m.attr("AVX512") = static_cast<int>(Simd::kV4);

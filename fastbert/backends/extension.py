@@ -94,7 +94,10 @@ def missing_simd() -> str | None:
     if module is None:
         return reason
     if not module.simd_level():
-        return "this processor has no AVX2 and FMA, or the compiler that built fastbert._C can't make use of them"
+        return (
+            "this processor lacks AVX2 or what goes with it (x86-64-v3), or the compiler that built fastbert._C can't "
+            "make use of it"
+        )
     return None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -130,6 +132,66 @@ def test_build_info() -> None:
     assert info["cuda"] == (info["cuda_absent"] is None)
     assert info["cuda"] == hasattr(C, "bias_dropout_residual_forward_device")
     assert (extension.missing_cuda() is None) == info["cuda"]
+
+
+# What the kernels may use, by the word of CPUID and its bit; the names are those of Linux's /proc/cpuinfo. The levels
+# are those of the System V ABI's AMD64 supplement, section 3.1.1. Of XCR0: what the operating system keeps.
+FEATURES = {
+    "AVX2": {
+        "leaf1_ecx": {
+            **{"pni": 0, "ssse3": 9, "fma": 12, "cx16": 13, "sse4_1": 19, "sse4_2": 20, "movbe": 22, "popcnt": 23},
+            **{"osxsave": 27, "avx": 28, "f16c": 29},
+        },
+        "leaf7_ebx": {"bmi1": 3, "avx2": 5, "bmi2": 8},
+        "extended1_ecx": {"lahf_lm": 0, "abm": 5},
+        "xcr0": {"xmm": 1, "ymm": 2},
+    },
+    "AVX512": {
+        "leaf7_ebx": {"avx512f": 16, "avx512dq": 17, "avx512cd": 28, "avx512bw": 30, "avx512vl": 31},
+        "xcr0": {"masks": 5, "upper halves": 6, "upper registers": 7},
+    },
+    "AMX": {
+        "leaf7_edx": {"amx_bf16": 22, "amx_tile": 24},
+        "leaf7_1_eax": {"avx512_bf16": 5},
+        "xcr0": {"tile configuration": 17, "tile data": 18},
+    },
+}
+LEVELS = tuple(FEATURES)
+WORDS = ("leaf1_ecx", "leaf7_ebx", "leaf7_edx", "leaf7_1_eax", "extended1_ecx", "xcr0")
+
+
+@pytest.mark.parametrize(
+    ("level", "word", "bit"),
+    [
+        pytest.param(level, word, bit, id=f"{level}-{name}")
+        for level, words in FEATURES.items()
+        for word, bits in words.items()
+        for name, bit in bits.items()
+    ],
+)
+def test_instructions_take_every_feature(level: str, word: str, bit: int) -> None:
+    """A processor that has just what is wanted runs everything; without one feature, no level that may use it."""
+    words = dict.fromkeys(WORDS, 0)
+    for own in FEATURES.values():
+        for name, bits in own.items():
+            words[name] |= sum(1 << number for number in bits.values())
+    assert C.instructions_of(**words) == dict.fromkeys(LEVELS, True)
+    words[word] -= 1 << bit
+    assert C.instructions_of(**words) == {name: LEVELS.index(name) < LEVELS.index(level) for name in LEVELS}
+
+
+def test_instructions_of_this_processor() -> None:
+    """They agree with what the kernel read in the same words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or platform.machine() != "x86_64":
+        pytest.skip("this is no Linux on x86-64")
+    (flags, *_) = (line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
+    has = True
+    for level, words in FEATURES.items():
+        names = [name for word, bits in words.items() if word != "xcr0" for name in bits if name != "osxsave"]
+        has = has and set(names) <= set(flags.split())
+        assert C.instructions_of(**C.processor())[level] == has
+    assert set(C.processor()) == set(WORDS)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "attention/amx.h"
@@ -57,6 +60,62 @@ void check_address(const char* name, std::uintptr_t address) {
   if (address == 0) throw std::invalid_argument(std::string(name) + " is a null address");
 }
 
+void check_finite(const char* name, float value) {
+  if (!std::isfinite(value)) {
+    throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + "; it may be any finite number");
+  }
+}
+
+void check_eps(float eps) {
+  if (!std::isfinite(eps) || eps < 0.0f) {
+    throw std::invalid_argument("eps is " + std::to_string(eps) + "; it may be 0 or more");
+  }
+}
+
+// The number of elements of a tensor whose sizes, 0 or more, are these.
+int64_t elements_of(std::initializer_list<int64_t> sizes) {
+  int64_t elements = 1;
+  for (const int64_t size : sizes) {
+    if (!__builtin_mul_overflow(elements, size, &elements)) continue;
+    std::string shape;
+    for (const int64_t one : sizes) shape += (shape.empty() ? "" : " x ") + std::to_string(one);
+    throw std::invalid_argument("a tensor of " + shape + " elements is too large");
+  }
+  return elements;
+}
+
+// What Python hands over for a tensor: the address of its first element and the number of its bytes; or None.
+using Memory = std::optional<std::pair<std::uintptr_t, int64_t>>;
+
+// Where the kernels write, and what they pack, lies at a multiple of this.
+constexpr size_t kAligned = 64;
+
+enum class Length { kExact, kOrMore };
+
+// The address of `elements` elements. Throws std::invalid_argument if the memory is not theirs.
+template <typename T>
+T* pointer(const std::string& name, const Memory& memory, int64_t elements, size_t alignment = alignof(T),
+           Length length = Length::kExact) {
+  const int64_t bytes = elements_of({elements, static_cast<int64_t>(sizeof(T))});
+  const char* const more = length == Length::kOrMore ? " or more" : "";
+  if (!memory || (length == Length::kExact ? memory->second != bytes : memory->second < bytes)) {
+    const std::string is = memory ? " has " + std::to_string(memory->second) + " bytes" : " is None";
+    throw std::invalid_argument(name + is + "; it must have " + std::to_string(bytes) + (memory ? more : " bytes"));
+  }
+  if (bytes == 0) return nullptr;
+  if (memory->first == 0) throw std::invalid_argument(name + " is a null address");
+  if (memory->first % alignment != 0) {
+    throw std::invalid_argument(name + " is at an address that is no multiple of " + std::to_string(alignment));
+  }
+  return pointer<T>(memory->first);
+}
+
+// The same where None means that there is no such tensor.
+template <typename T>
+T* pointer_or_null(const std::string& name, const Memory& memory, int64_t elements) {
+  return memory ? pointer<T>(name, memory, elements) : nullptr;
+}
+
 void check_shape(int64_t rows, int64_t cols) {
   check_at_least("rows", rows, 0);
   check_at_least("cols", cols, 0);
@@ -65,12 +124,8 @@ void check_shape(int64_t rows, int64_t cols) {
   }
 }
 
-// Whether cu_seqlens [sequences + 1] ascends from 0 to at most rows, in steps of at most max_seqlen.
-bool ascends(std::uintptr_t cu_seqlens, int64_t rows, int64_t sequences, int64_t max_seqlen) {
-  check_at_least("rows", rows, 0);
-  check_at_least("sequences", sequences, 0);
-  check_address("cu_seqlens", cu_seqlens);
-  const auto* offsets = pointer<const int32_t>(cu_seqlens);
+// Whether offsets [sequences + 1] ascend from 0 to at most rows, in steps of at most max_seqlen.
+bool ascends(const int32_t* offsets, int64_t rows, int64_t sequences, int64_t max_seqlen) {
   bool fits = offsets[0] == 0 && offsets[sequences] <= rows;
   for (int64_t i = 0; i < sequences; ++i) {
     const int64_t length = int64_t{offsets[i + 1]} - offsets[i];
@@ -288,57 +343,65 @@ auto with_instructions(int instructions, Function&& function) {
   return function(float{});
 }
 
-void check_sizes(std::initializer_list<int64_t> sizes, int64_t multiple) {
-  for (const int64_t size : sizes) {
-    if (size < 1 || size % multiple != 0) {
-      throw std::invalid_argument("a size is " + std::to_string(size) + "; it must be a multiple of " +
-                                  std::to_string(multiple));
-    }
+void check_multiple(const char* name, int64_t size) {
+  if (size < 1 || size % linear::kMultiple != 0) {
+    throw std::invalid_argument(std::string(name) + " is " + std::to_string(size) + "; it may be a positive multiple of " +
+                                std::to_string(linear::kMultiple));
   }
 }
 
-void check_aligned(const char* name, std::uintptr_t address) {
-  check_address(name, address);
-  if (address % 64 != 0) throw std::invalid_argument(std::string(name) + " is at an address that is no multiple of 64");
-}
-
-linear::Post post_of(int post, linear::Post last = linear::Post::kAdd) {
-  if (post < 0 || post > static_cast<int>(last)) {
+linear::Post post_of(int post) {
+  if (post < 0 || post > static_cast<int>(linear::Post::kAdd)) {
     throw std::invalid_argument("post is " + std::to_string(post) + "; it may be one of POST_*");
   }
   return static_cast<linear::Post>(post);
 }
 
-void linear_pack(std::uintptr_t weight, std::uintptr_t packed, int64_t features, int64_t depth, int instructions) {
-  check_sizes({features, depth}, linear::kMultiple);
-  check_address("weight", weight);
-  check_aligned("packed", packed);
+linear::Post gelu_of(int gelu) {
+  const auto post = static_cast<linear::Post>(gelu);
+  if (post != linear::Post::kGeluErf && post != linear::Post::kGeluTanh) {
+    throw std::invalid_argument("gelu is " + std::to_string(gelu) + "; it may be POST_GELU_ERF or POST_GELU_TANH");
+  }
+  return post;
+}
+
+void linear_pack(const Memory& weight, const Memory& packed, int64_t features, int64_t depth, int instructions) {
+  check_multiple("features", features);
+  check_multiple("depth", depth);
+  const int64_t elements = elements_of({features, depth});
   with_instructions(instructions, [&](auto element) {
     using T = decltype(element);
+    const auto* from = pointer<const T>("weight", weight, elements);
+    auto* to = pointer<T>("packed", packed, elements, kAligned);
     const py::gil_scoped_release release;
     if constexpr (std::is_same_v<T, float>) {
-      linear::simd_pack(pointer<const T>(weight), pointer<T>(packed), features, depth, static_cast<Simd>(instructions));
+      linear::simd_pack(from, to, features, depth, static_cast<Simd>(instructions));
     } else {
-      linear::amx_pack(pointer<const T>(weight), pointer<T>(packed), features, depth);
+      linear::amx_pack(from, to, features, depth);
     }
   });
 }
 
-void linear_forward(std::uintptr_t x, std::uintptr_t packed, std::uintptr_t bias, std::uintptr_t other, std::uintptr_t y,
+void linear_forward(const Memory& x, const Memory& packed, const Memory& bias, const Memory& other, const Memory& y,
                     int64_t rows, int64_t depth, int64_t features, int post, int instructions, int num_threads) {
-  check_sizes({features, depth}, linear::kMultiple);
   check_at_least("rows", rows, 0);
+  check_multiple("depth", depth);
+  check_multiple("features", features);
   check_at_least("num_threads", num_threads, 1);
-  if (rows == 0) return;
-  check_address("x", x);
-  check_aligned("packed", packed);
-  check_aligned("y", y);
-  if (post_of(post) == linear::Post::kAdd) check_address("other", other);
+  const auto f = post_of(post);
+  const bool adds = f == linear::Post::kAdd;
   with_instructions(instructions, [&](auto element) {
     using T = decltype(element);
-    const linear::Linear<T> args{pointer<const T>(x),     pointer<const T>(packed), pointer<const T>(bias),
-                                 pointer<const T>(other), pointer<T>(y),            rows,
-                                 depth,                   features,                 post_of(post)};
+    const linear::Linear<T> args{pointer<const T>("x", x, elements_of({rows, depth})),
+                                 pointer<const T>("packed", packed, elements_of({features, depth}), kAligned),
+                                 pointer_or_null<const T>("bias", bias, features),
+                                 adds ? pointer<const T>("other", other, elements_of({rows, features})) : nullptr,
+                                 pointer<T>("y", y, elements_of({rows, features}), kAligned),
+                                 rows,
+                                 depth,
+                                 features,
+                                 f};
+    if (rows == 0) return;
     const py::gil_scoped_release release;
     if constexpr (std::is_same_v<T, float>) {
       linear::simd_forward(args, static_cast<Simd>(instructions), num_threads);
@@ -366,24 +429,35 @@ const linear::Rows* matrices_of(std::uintptr_t matrices, int64_t count) {
   return rows;
 }
 
-bool attention_forward(std::uintptr_t qkv, std::uintptr_t cu_seqlens, std::uintptr_t out, std::uintptr_t lse,
-                       int64_t rows, int64_t sequences, int64_t heads, int64_t size, int64_t max_seqlen, float scale,
-                       int instructions, int num_threads) {
+// The offsets [sequences + 1], or null where they don't fit.
+const int32_t* offsets_of(const Memory& cu_seqlens, int64_t rows, int64_t sequences, int64_t max_seqlen) {
+  check_at_least("rows", rows, 0);
+  check_at_least("sequences", sequences, 0);
+  const auto* offsets = pointer<const int32_t>("cu_seqlens", cu_seqlens, sequences + 1);
+  return ascends(offsets, rows, sequences, max_seqlen) ? offsets : nullptr;
+}
+
+bool attention_forward(const Memory& qkv, const Memory& cu_seqlens, const Memory& out, const Memory& lse, int64_t rows,
+                       int64_t sequences, int64_t heads, int64_t size, int64_t max_seqlen, float scale, int instructions,
+                       int num_threads) {
   check_at_least("heads", heads, 0);
   check_at_least("size", size, 1);
+  check_finite("scale", scale);
   check_at_least("num_threads", num_threads, 1);
   return with_instructions(instructions, [&](auto element) {
     using T = decltype(element);
-    const bool fits = ascends(cu_seqlens, rows, sequences, max_seqlen);
-    if (!fits || rows == 0 || heads == 0) return fits;
-    check_address("qkv", qkv);
-    check_address("out", out);
-    check_address("lse", lse);
-    const attention::Packed<T> args{pointer<const T>(qkv), pointer<const int32_t>(cu_seqlens),
-                                    pointer<T>(out),       pointer<float>(lse),
-                                    rows,                  sequences,
-                                    heads,                 size,
+    const auto* offsets = offsets_of(cu_seqlens, rows, sequences, max_seqlen);
+    const attention::Packed<T> args{pointer<const T>("qkv", qkv, elements_of({rows, 3, heads, size})),
+                                    offsets,
+                                    pointer<T>("out", out, elements_of({rows, heads, size})),
+                                    pointer<float>("lse", lse, elements_of({heads, rows})),
+                                    rows,
+                                    sequences,
+                                    heads,
+                                    size,
                                     scale};
+    if (offsets == nullptr) return false;
+    if (rows == 0 || heads == 0) return true;
     const py::gil_scoped_release release;
     if constexpr (std::is_same_v<T, float>) {
       attention::simd_forward(args, static_cast<Simd>(instructions), num_threads);
@@ -394,52 +468,62 @@ bool attention_forward(std::uintptr_t qkv, std::uintptr_t cu_seqlens, std::uintp
   });
 }
 
-bool encoder_layer_forward(std::uintptr_t x, std::uintptr_t y, std::uintptr_t cu_seqlens,
-                           const std::array<std::uintptr_t, 8>& weights, const std::array<std::uintptr_t, 4>& norms,
-                           bool float_norms, const std::array<float, 2>& eps, int gelu, std::uintptr_t scratch,
-                           std::uintptr_t lse, int64_t rows, int64_t sequences, int64_t max_seqlen, int64_t heads,
+bool encoder_layer_forward(const Memory& x, const Memory& y, const Memory& cu_seqlens,
+                           const std::array<Memory, 8>& weights, const std::array<Memory, 4>& norms, bool float_norms,
+                           const std::array<float, 2>& eps, int gelu, const Memory& scratch, const Memory& lse,
+                           int64_t rows, int64_t sequences, int64_t max_seqlen, int64_t heads, int64_t head_size,
                            int64_t hidden, int64_t features, float scale, int instructions, int num_threads) {
-  check_sizes({hidden, features}, linear::kMultiple);
+  check_multiple("hidden", hidden);
+  check_multiple("features", features);
   check_at_least("heads", heads, 1);
+  check_at_least("head_size", head_size, 1);
+  if (elements_of({heads, head_size}) != hidden) {
+    throw std::invalid_argument(std::to_string(heads) + " heads of size " + std::to_string(head_size) +
+                                " are not the " + std::to_string(hidden) + " of hidden");
+  }
+  check_finite("scale", scale);
+  for (const float one : eps) check_eps(one);
   check_at_least("num_threads", num_threads, 1);
-  if (hidden % heads != 0) throw std::invalid_argument("hidden is no multiple of heads");
-  const auto post = post_of(gelu, linear::Post::kGeluTanh);
-  if (post == linear::Post::kNone) throw std::invalid_argument("gelu may be POST_GELU_ERF or POST_GELU_TANH");
+  const auto f = gelu_of(gelu);
   return with_instructions(instructions, [&](auto element) {
     using T = decltype(element);
-    const bool fits = ascends(cu_seqlens, rows, sequences, max_seqlen);
-    if (!fits || rows == 0) return fits;
-    for (const auto address : {x, lse, norms[0], norms[1], norms[2], norms[3]}) {
-      check_address("one of the arguments", address);
-    }
-    for (const auto address : {y, scratch, weights[0], weights[2], weights[4], weights[6]}) {
-      check_aligned("one of the arguments", address);
-    }
-    const auto linear_of = [&](size_t i) {
-      return encoder_layer::Weights<T>{pointer<const T>(weights[2 * i]), pointer<const T>(weights[2 * i + 1])};
+    const auto* offsets = offsets_of(cu_seqlens, rows, sequences, max_seqlen);
+    const auto name = [](const char* list, size_t i) { return list + ("[" + std::to_string(i) + "]"); };
+    const auto linear_of = [&](size_t i, int64_t outputs, int64_t inputs) {
+      return encoder_layer::Weights<T>{
+          pointer<const T>(name("weights", 2 * i), weights[2 * i], elements_of({outputs, inputs}), kAligned),
+          pointer_or_null<const T>(name("weights", 2 * i + 1), weights[2 * i + 1], outputs)};
     };
     const auto norm_of = [&](size_t i) {
-      return encoder_layer::Norm{pointer<const void>(norms[2 * i]), pointer<const void>(norms[2 * i + 1]), float_norms,
-                                 eps[i]};
+      const auto parameter = [&](size_t j) -> const void* {
+        if (float_norms) return pointer<const float>(name("norms", j), norms[j], hidden);
+        return pointer<const T>(name("norms", j), norms[j], hidden);
+      };
+      return encoder_layer::Norm{parameter(2 * i), parameter(2 * i + 1), float_norms, eps[i]};
     };
-    const encoder_layer::Layer<T> layer{pointer<const T>(x),
-                                        pointer<T>(y),
-                                        pointer<const int32_t>(cu_seqlens),
-                                        linear_of(0),
-                                        linear_of(1),
-                                        linear_of(2),
-                                        linear_of(3),
-                                        norm_of(0),
-                                        norm_of(1),
-                                        post,
-                                        pointer<T>(scratch),
-                                        pointer<float>(lse),
-                                        rows,
-                                        sequences,
-                                        heads,
-                                        hidden,
-                                        features,
-                                        scale};
+    const int64_t states = elements_of({rows, hidden});
+    const int64_t columns = encoder_layer::scratch_columns(hidden, features);
+    const encoder_layer::Layer<T> layer{
+        pointer<const T>("x", x, states),
+        pointer<T>("y", y, states, kAligned),
+        offsets,
+        linear_of(0, elements_of({3, hidden}), hidden),
+        linear_of(1, hidden, hidden),
+        linear_of(2, features, hidden),
+        linear_of(3, hidden, features),
+        norm_of(0),
+        norm_of(1),
+        f,
+        pointer<T>("scratch", scratch, elements_of({rows, columns}), kAligned, Length::kOrMore),
+        pointer<float>("lse", lse, elements_of({heads, rows}), alignof(float), Length::kOrMore),
+        rows,
+        sequences,
+        heads,
+        hidden,
+        features,
+        scale};
+    if (offsets == nullptr) return false;
+    if (rows == 0) return true;
     const py::gil_scoped_release release;
     if constexpr (std::is_same_v<T, float>) {
       encoder_layer::simd_forward(layer, static_cast<Simd>(instructions), num_threads);
@@ -458,7 +542,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   using py::arg;
   namespace bdr = bias_dropout_residual;
 
-  m.doc() = "Compiled kernels of fastbert. Arguments are addresses, sizes and a stream handle; 0 is a null address.";
+  m.doc() =
+      "Compiled kernels of fastbert. Arguments are addresses, sizes and a stream handle; 0 is a null address. Where a "
+      "kernel is told the memory of a tensor, (address, bytes) or None, the bytes are compared with the sizes.";
   m.attr("FLOAT32") = static_cast<int>(DType::kFloat32);
   m.attr("FLOAT16") = static_cast<int>(DType::kFloat16);
   m.attr("BFLOAT16") = static_cast<int>(DType::kBFloat16);
@@ -543,14 +629,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("encoder_layer_scratch",
         [](int64_t hidden, int64_t features) {
-          check_sizes({hidden, features}, linear::kMultiple);
+          check_multiple("hidden", hidden);
+          check_multiple("features", features);
           return encoder_layer::scratch_columns(hidden, features);
         },
         arg("hidden"), arg("features"), "The number of elements of scratch that a row needs.");
-  m.def("encoder_layer_forward", &encoder_layer_forward, arg("x"), arg("y"), arg("cu_seqlens"), arg("weights"),
+  m.def("encoder_layer_forward", &encoder_layer_forward, py::kw_only(), arg("x"), arg("y"), arg("cu_seqlens"), arg("weights"),
         arg("norms"), arg("float_norms"), arg("eps"), arg("gelu"), arg("scratch"), arg("lse"), arg("rows"),
-        arg("sequences"), arg("max_seqlen"), arg("heads"), arg("hidden"), arg("features"), arg("scale"),
-        arg("instructions"), arg("num_threads"),
+        arg("sequences"), arg("max_seqlen"), arg("heads"), arg("head_size"), arg("hidden"), arg("features"),
+        arg("scale"), arg("instructions"), arg("num_threads"),
         "y [rows, hidden] of x through an encoder layer without dropout, in the dtype of linear_pack; weights are the "
         "packed weight and the bias of query, key and value, of attention's output, and of the two layers after it; norms "
         "weight and bias. False and nothing computed when cu_seqlens doesn't ascend as attention_forward wants it.");

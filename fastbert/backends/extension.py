@@ -154,3 +154,18 @@ def dtype_code(dtype: torch.dtype) -> int:
 def address(tensor: Tensor | None) -> int:
     """The address of the first element of ``tensor``; 0, the extension's null, for None."""
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def memory(tensor: Tensor | None) -> tuple[int, int] | None:
+    """The address of the first element of ``tensor`` and the bytes from there on; None for None.
+
+    Raises:
+        ValueError: ``tensor`` is not contiguous.
+    """
+    if tensor is None:
+        return None
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}; it must be contiguous"
+        )
+    return tensor.data_ptr(), tensor.nbytes

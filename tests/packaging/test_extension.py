@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastbert
-from fastbert.backends import extension, philox
+from fastbert.backends import extension, host_linear, philox
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 P = 0.1
@@ -19,6 +20,18 @@ P = 0.1
 C: Any = extension.load()
 if C is None:
     pytest.fail(f"the extension must be built to test it: {extension.missing()}")
+
+simd = pytest.mark.skipif(extension.missing_simd() is not None, reason=f"{extension.missing_simd()}")
+# The memory that the host kernels take, and what errors call those in lists.
+MEMORY = {
+    "linear_forward": ("x", "packed", "bias", "other", "y"),
+    "attention_forward": ("qkv", "cu_seqlens", "out", "lse"),
+    "encoder_layer_forward": (
+        *("x", "y", "cu_seqlens", "scratch", "lse"),
+        *(f"{key}/{i}" for key, count in (("weights", 8), ("norms", 4)) for i in range(count)),
+    ),
+}
+NAMES = {f"{key}/{i}": f"{key}[{i}]" for key in ("weights", "norms") for i in range(8)}
 
 
 def forward(x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, num_threads: int = 2) -> Tensor:
@@ -393,6 +406,128 @@ def test_null_addresses_of_the_fused_forward(name: str) -> None:
     arguments |= {"parameter_dtype": C.FLOAT32, "dtype": C.FLOAT32, "threshold": 65536, "num_threads": 1}
     with pytest.raises(ValueError, match=f"{name} is a null address"):
         C.bias_dropout_residual_layer_norm_forward_host(**arguments, eps=1e-12, scale=1.0)
+
+
+def linear_arguments() -> dict[str, Any]:
+    """A call of linear_forward: 5 rows, 32 features in, 64 out."""
+    weight = torch.randn(64, 32)
+    x, bias, other, y = torch.randn(5, 32), torch.randn(64), torch.randn(5, 64), torch.empty(5, 64)
+    tensors = {"x": x, "packed": host_linear.pack(weight), "bias": bias, "other": other, "y": y}
+    sizes = {"rows": 5, "depth": 32, "features": 64, "post": C.POST_ADD}
+    return {**tensors, **sizes, "instructions": host_linear.instructions(x.dtype), "num_threads": 1}
+
+
+def attention_arguments() -> dict[str, Any]:
+    """A call of attention_forward: sequences of 3 and 2 rows, 2 heads of size 8."""
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+    tensors = {"qkv": torch.randn(5, 3, 2, 8), "cu_seqlens": cu_seqlens}
+    tensors |= {"out": torch.empty(5, 2, 8), "lse": torch.empty(2, 5)}
+    sizes = {"rows": 5, "sequences": 2, "heads": 2, "size": 8, "max_seqlen": 3, "scale": 0.25}
+    return {**tensors, **sizes, "instructions": host_linear.instructions(torch.float32), "num_threads": 1}
+
+
+def layer_arguments() -> dict[str, Any]:
+    """A call of encoder_layer_forward: sequences of 3 and 2 rows, 32 features in 2 heads, 64 in between."""
+    shapes = ((96, 32), (32, 32), (64, 32), (32, 64))
+    weights = [tensor for shape in shapes for tensor in (host_linear.pack(torch.randn(shape)), torch.randn(shape[0]))]
+    tensors = {"x": torch.randn(5, 32), "y": torch.empty(5, 32), "cu_seqlens": torch.tensor([0, 3, 5]).int()}
+    tensors |= {"scratch": torch.empty(5 * C.encoder_layer_scratch(32, 64)), "lse": torch.empty(2, 5)}
+    sizes = {"rows": 5, "sequences": 2, "max_seqlen": 3, "heads": 2, "head_size": 16, "hidden": 32, "features": 64}
+    numbers = {"gelu": C.POST_GELU_ERF, "scale": 0.25, "eps": [1e-12, 1e-12], "float_norms": True, "num_threads": 1}
+    lists = {"weights": weights, "norms": list(torch.randn(4, 32))}
+    return {**tensors, **lists, **sizes, **numbers, "instructions": host_linear.instructions(torch.float32)}
+
+
+CALLS = {
+    "linear_forward": linear_arguments,
+    "attention_forward": attention_arguments,
+    "encoder_layer_forward": layer_arguments,
+}
+
+
+def call_with(name: str, arguments: dict[str, Any]) -> Any:
+    def converted(value: Any) -> Any:
+        if isinstance(value, list):
+            return [converted(item) for item in value]
+        return extension.memory(value) if isinstance(value, Tensor) or value is None else value
+
+    return getattr(C, name)(**{key: converted(value) for key, value in arguments.items()})
+
+
+@simd
+@pytest.mark.parametrize("name", CALLS)
+def test_memory_of_the_right_size_is_taken(name: str) -> None:
+    assert call_with(name, CALLS[name]()) in (True, None)
+
+
+@simd
+@pytest.mark.parametrize("longer", [False, True], ids=["shorter", "longer"])
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, key) for name, call in CALLS.items() for key in MEMORY[name]], ids="-".join
+)
+def test_memory_of_another_size_is_refused(name: str, argument: str, longer: bool) -> None:
+    """Nothing is read or written beyond what the caller has: every length is compared with the sizes."""
+    arguments = CALLS[name]()
+    key, _, index = argument.partition("/")
+    tensor = arguments[key][int(index)] if index else arguments[key]
+    other = torch.cat([tensor.flatten(), tensor.flatten()[:1]]) if longer else tensor.flatten()[:-1].clone()
+    if argument in ("packed", "y", "scratch") or (key == "weights" and int(index) % 2 == 0):
+        memory = torch.empty(other.numel() + 16, dtype=other.dtype)
+        other = memory[-memory.data_ptr() % 64 // 4 :][: other.numel()]
+    if index:
+        arguments[key][int(index)] = other
+    else:
+        arguments[key] = other
+    if longer and argument in ("scratch", "lse") and name == "encoder_layer_forward":
+        assert call_with(name, arguments)  # layers share them
+        return
+    size = "or more " if argument in ("scratch", "lse") and name == "encoder_layer_forward" else ""
+    message = f"{NAMES.get(argument, argument)} has {other.nbytes} bytes; it must have {tensor.nbytes} {size}".strip()
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call_with(name, arguments)
+
+
+@simd
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("linear_forward", {"rows": -1}, "rows is -1; it may be 0 or more"),
+        ("linear_forward", {"depth": 33}, "depth is 33; it may be a positive multiple of 32"),
+        ("linear_forward", {"features": 0}, "features is 0; it may be a positive multiple of 32"),
+        ("linear_forward", {"rows": 2**62}, "a tensor of 4611686018427387904 x 32 elements is too large"),
+        ("linear_forward", {"post": 4}, "post is 4; it may be one of POST_*"),
+        ("linear_forward", {"x": None}, "x is None; it must have 640 bytes"),
+        ("linear_forward", {"other": None}, "other is None; it must have 1280 bytes"),
+        ("linear_forward", {"num_threads": 0}, "num_threads is 0; it may be 1 or more"),
+        ("attention_forward", {"sequences": -1}, "sequences is -1; it may be 0 or more"),
+        ("attention_forward", {"heads": -1}, "heads is -1; it may be 0 or more"),
+        ("attention_forward", {"size": 0}, "size is 0; it may be 1 or more"),
+        ("attention_forward", {"scale": float("nan")}, "scale is nan; it may be any finite number"),
+        ("attention_forward", {"scale": float("inf")}, "scale is inf; it may be any finite number"),
+        ("attention_forward", {"cu_seqlens": None}, "cu_seqlens is None; it must have 12 bytes"),
+        ("attention_forward", {"qkv": None}, "qkv is None; it must have 960 bytes"),
+        ("encoder_layer_forward", {"hidden": 48}, "hidden is 48; it may be a positive multiple of 32"),
+        ("encoder_layer_forward", {"heads": 0}, "heads is 0; it may be 1 or more"),
+        ("encoder_layer_forward", {"heads": 3}, "3 heads of size 16 are not the 32 of hidden"),
+        ("encoder_layer_forward", {"head_size": 8}, "2 heads of size 8 are not the 32 of hidden"),
+        ("encoder_layer_forward", {"scale": float("nan")}, "scale is nan; it may be any finite number"),
+        ("encoder_layer_forward", {"eps": [1e-12, -1.0]}, "eps is -1.000000; it may be 0 or more"),
+        ("encoder_layer_forward", {"eps": [float("nan"), 0.0]}, "eps is nan; it may be 0 or more"),
+        ("encoder_layer_forward", {"gelu": C.POST_NONE}, "gelu is 0; it may be POST_GELU_ERF or POST_GELU_TANH"),
+        ("encoder_layer_forward", {"rows": -1}, "rows is -1; it may be 0 or more"),
+    ],
+)
+def test_bad_numbers(name: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call_with(name, CALLS[name]() | change)
+
+
+def test_memory_is_that_of_a_contiguous_tensor() -> None:
+    tensor = torch.zeros(4, 6, dtype=torch.bfloat16)
+    assert extension.memory(tensor) == (tensor.data_ptr(), 48)
+    assert extension.memory(None) is None
+    with pytest.raises(ValueError, match=r"a tensor of shape \(4, 3\) has strides \(6, 2\); it must be contiguous"):
+        extension.memory(tensor[:, ::2])
 
 
 def test_unknown_dtype() -> None:

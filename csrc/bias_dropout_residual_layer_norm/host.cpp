@@ -120,7 +120,9 @@ FASTBERT_CLONES void forward_rows(const Forward<T>& args, const float* weight, c
       for (int64_t i = 0; i < cols; ++i) saved[i] = from_float<T>(hidden[i]);
     }
 
-    const float mean = sum(cols, [=](int64_t i) { return hidden[i]; }) / static_cast<float>(cols);
+    // Around one of them, so that the mean of equal elements is what they are: their deviation is then 0, not a rounding.
+    const float first = hidden[0];
+    const float mean = first + sum(cols, [=](int64_t i) { return hidden[i] - first; }) / static_cast<float>(cols);
     const float variance = sum(cols, [=](int64_t i) { return (hidden[i] - mean) * (hidden[i] - mean); }) /
                            static_cast<float>(cols);
     const float rstd = reciprocal_deviation(variance, args.eps);

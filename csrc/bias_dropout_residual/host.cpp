@@ -38,9 +38,10 @@ FASTBERT_CLONES void forward_chunk(const Forward<T>& args, int64_t begin, int64_
     } else {
       for (int64_t i = 0; i < count;) {
         const int64_t stop = std::min(count, i + args.cols - column);
-        const T* bias = args.bias + column - i;
+        const T* bias = args.bias + column;
+        const int64_t first = i;
         column += stop - i;
-        for (; i < stop; ++i) hidden[i] = to_float(x[i]) + to_float(bias[i]);
+        for (; i < stop; ++i) hidden[i] = to_float(x[i]) + to_float(bias[i - first]);
         column = column == args.cols ? 0 : column;
       }
     }
@@ -80,9 +81,10 @@ FASTBERT_CLONES void backward_rows(const Backward<T>& args, int64_t first_row, i
     if (sums != nullptr) {
       for (int64_t i = 0; i < count;) {
         const int64_t stop = std::min(count, i + args.cols - column);
-        float* sum = sums + column - i;
+        float* sum = sums + column;
+        const int64_t first = i;
         column += stop - i;
-        for (; i < stop; ++i) sum[i] += gradient[i];
+        for (; i < stop; ++i) sum[i - first] += gradient[i];
         column = column == args.cols ? 0 : column;
       }
     }

@@ -77,11 +77,11 @@ FASTBERT_AMX_INLINE __m512 widen(const uint16_t* from) {
 // 32 rows of x from row on as tiles A, [depth / 32][2]; rows that don't exist are zero.
 FASTBERT_AMX_INLINE void pack_rows(const Args& args, int64_t row, uint16_t* panel) {
   for (int64_t i = 0; i < kPanel; ++i) {
-    const uint16_t* from = args.x + (row + i) * args.depth;
-    uint16_t* to = panel + i * kDepth;
-    for (int64_t k = 0; k < args.depth; k += kDepth, to += kStep) {
-      const __m512i part = row + i < args.rows ? _mm512_loadu_si512(from + k) : _mm512_setzero_si512();
-      _mm512_store_si512(to, part);
+    const bool exists = row + i < args.rows;
+    const uint16_t* from = exists ? args.x + (row + i) * args.depth : nullptr;
+    for (int64_t k = 0; k < args.depth; k += kDepth) {
+      const __m512i part = exists ? _mm512_loadu_si512(from + k) : _mm512_setzero_si512();
+      _mm512_store_si512(panel + i * kDepth + k / kDepth * kStep, part);
     }
   }
 }
@@ -168,7 +168,8 @@ FASTBERT_AMX_INLINE void pass(const Args& args, int64_t row, int64_t panels, int
     for (int64_t k = 0; k < args.depth; k += kChunk) {
       const uint16_t* weight = args.weight + feature * args.depth + k * kPanel;
       const int64_t terms = std::min(kChunk, args.depth - k);
-      const uint16_t* next = weight + terms * kPanel;
+      // A number: it may pass the end of the weight, where a pointer may not.
+      auto next = reinterpret_cast<uintptr_t>(weight + terms * kPanel);
       for (int64_t panel = 0; panel < panels; ++panel) {
         if (k == 0) {
           zero_sums();
@@ -178,9 +179,9 @@ FASTBERT_AMX_INLINE void pass(const Args& args, int64_t row, int64_t panels, int
         for (int64_t term = 0; term < terms; term += kDepth) {
           add_products(x + (panel * args.depth + k + term) * kPanel, weight + term * kPanel);
           for (int64_t line = 0; line < ahead; line += kDepth) {
-            _mm_prefetch(reinterpret_cast<const char*>(next + line), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(next + static_cast<uintptr_t>(line) * 2), _MM_HINT_T1);
           }
-          next += ahead;
+          next += static_cast<uintptr_t>(ahead) * 2;
           if (feature > first_feature) {
             finish<kPost>(args, waiting + panel * kBlock, row + panel * kPanel, feature - kPanel,
                           (k + term) * kPanel / args.depth, (k + term + kDepth) * kPanel / args.depth);

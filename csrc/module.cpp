@@ -56,10 +56,6 @@ void check_at_least(const char* name, int64_t value, int64_t smallest) {
   }
 }
 
-void check_address(const char* name, std::uintptr_t address) {
-  if (address == 0) throw std::invalid_argument(std::string(name) + " is a null address");
-}
-
 void check_finite(const char* name, float value) {
   if (!std::isfinite(value)) {
     throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + "; it may be any finite number");
@@ -116,12 +112,14 @@ T* pointer_or_null(const std::string& name, const Memory& memory, int64_t elemen
   return memory ? pointer<T>(name, memory, elements) : nullptr;
 }
 
-void check_shape(int64_t rows, int64_t cols) {
+// The number of elements.
+int64_t check_shape(int64_t rows, int64_t cols) {
   check_at_least("rows", rows, 0);
   check_at_least("cols", cols, 0);
   if (cols > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument("cols is " + std::to_string(cols) + "; it may be 2147483647 or less");
   }
+  return elements_of({rows, cols});
 }
 
 // Whether offsets [sequences + 1] ascend from 0 to at most rows, in steps of at most max_seqlen.
@@ -134,48 +132,54 @@ bool ascends(const int32_t* offsets, int64_t rows, int64_t sequences, int64_t ma
   return fits;
 }
 
-Dropout make_dropout(std::uintptr_t seed, int64_t threshold, float scale) {
+// The seed lies in the memory of the device that computes.
+Dropout make_dropout(const Memory& seed, int64_t threshold, float scale) {
   if (threshold < 0 || threshold > kKeepAll) {
     throw std::invalid_argument("threshold is " + std::to_string(threshold) + "; it may be 0 to 65536");
   }
-  if (threshold != kKeepAll) check_address("seed", seed);
-  return {pointer<const int64_t>(seed), static_cast<uint32_t>(threshold), scale};
+  check_finite("scale", scale);
+  const bool drops = threshold != kKeepAll;
+  return {drops ? pointer<const int64_t>("seed", seed, 1) : nullptr, static_cast<uint32_t>(threshold), scale};
 }
 
 template <typename Launch>
-void run_forward(std::uintptr_t x, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t out, int64_t rows,
-                 int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, Launch&& launch) {
-  check_shape(rows, cols);
+void run_forward(const Memory& x, const Memory& bias, const Memory& residual, const Memory& out, int64_t rows,
+                 int64_t cols, int dtype, const Memory& seed, int64_t threshold, float scale, Launch&& launch) {
+  const int64_t elements = check_shape(rows, cols);
   const auto dropout = make_dropout(seed, threshold, scale);
-  if (rows > 0 && cols > 0) {
-    check_address("x", x);
-    check_address("residual", residual);
-    check_address("out", out);
-  }
   dispatch(dtype, [&](auto element) {
     using T = decltype(element);
-    if (rows == 0 || cols == 0) return;
+    const bias_dropout_residual::Forward<T> args{pointer<const T>("x", x, elements),
+                                                 pointer_or_null<const T>("bias", bias, cols),
+                                                 pointer<const T>("residual", residual, elements),
+                                                 pointer<T>("out", out, elements),
+                                                 rows,
+                                                 cols,
+                                                 dropout};
+    if (elements == 0) return;
     const py::gil_scoped_release release;
-    launch(bias_dropout_residual::Forward<T>{pointer<const T>(x), pointer<const T>(bias), pointer<const T>(residual),
-                                             pointer<T>(out), rows, cols, dropout});
+    launch(args);
   });
 }
 
 template <typename Launch>
-void run_backward(std::uintptr_t dy, std::uintptr_t dx, std::uintptr_t dbias, std::uintptr_t scratch, int64_t rows,
-                  int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, Launch&& launch) {
-  check_shape(rows, cols);
+void run_backward(const Memory& dy, const Memory& dx, const Memory& dbias, const Memory& scratch, int64_t rows,
+                  int64_t cols, int dtype, const Memory& seed, int64_t threshold, float scale, Launch&& launch) {
+  namespace bdr = bias_dropout_residual;
+  const int64_t elements = check_shape(rows, cols);
   const auto dropout = make_dropout(seed, threshold, scale);
-  if (rows > 0 && cols > 0) {
-    check_address("dy", dy);
-    if (dbias != 0) check_address("scratch", scratch);
-  }
   dispatch(dtype, [&](auto element) {
     using T = decltype(element);
+    const bdr::Backward<T> args{pointer<const T>("dy", dy, elements),
+                                pointer_or_null<T>("dx", dx, elements),
+                                pointer_or_null<T>("dbias", dbias, cols),
+                                dbias ? pointer<float>("scratch", scratch, bdr::partials(rows) * cols) : nullptr,
+                                rows,
+                                cols,
+                                dropout};
     if (cols == 0) return;
     const py::gil_scoped_release release;
-    launch(bias_dropout_residual::Backward<T>{pointer<const T>(dy), pointer<T>(dx), pointer<T>(dbias),
-                                              pointer<float>(scratch), rows, cols, dropout});
+    launch(args);
   });
 }
 
@@ -187,79 +191,94 @@ void bind_bias_dropout_residual_layer_norm(py::module_& m, const std::string& bu
   using py::arg;
   namespace fused = bias_dropout_residual_layer_norm;
   const auto check = [](int64_t rows, int64_t cols, int dtype, int parameter_dtype) {
-    check_shape(rows, cols);
     if (parameter_dtype != dtype && parameter_dtype != static_cast<int>(DType::kFloat32)) {
       throw std::invalid_argument("parameter_dtype is " + std::to_string(parameter_dtype) +
                                   "; it may be dtype or FLOAT32");
     }
+    return check_shape(rows, cols);
+  };
+  // A parameter [cols] of the LayerNorm, or its gradient, float where it is wide and otherwise of the type of `element`.
+  const auto parameter = [](const char* name, const Memory& memory, int64_t cols, bool wide, auto element) -> void* {
+    if (wide) return pointer<float>(name, memory, cols);
+    return pointer<decltype(element)>(name, memory, cols);
   };
 
   m.def(("bias_dropout_residual_layer_norm_forward_" + build).c_str(),
-        [=](std::uintptr_t x, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t weight,
-            std::uintptr_t ln_bias, int parameter_dtype, float eps, std::uintptr_t out, std::uintptr_t hidden,
-            std::uintptr_t mean, std::uintptr_t rstd, int64_t rows, int64_t cols, int dtype, std::uintptr_t seed,
-            int64_t threshold, float scale, Runner runner) {
-          check(rows, cols, dtype, parameter_dtype);
+        [=](const Memory& x, const Memory& bias, const Memory& residual, const Memory& weight, const Memory& ln_bias,
+            int parameter_dtype, float eps, const Memory& out, const Memory& hidden, const Memory& mean,
+            const Memory& rstd, int64_t rows, int64_t cols, int dtype, const Memory& seed, int64_t threshold,
+            float scale, Runner runner) {
+          const int64_t elements = check(rows, cols, dtype, parameter_dtype);
+          check_eps(eps);
           const auto dropout = make_dropout(seed, threshold, scale);
-          const bool empty = rows == 0 || cols == 0;
-          if (!empty) {
-            check_address("x", x);
-            check_address("residual", residual);
-            check_address("weight", weight);
-            check_address("ln_bias", ln_bias);
-            check_address("out", out);
-          }
           dispatch(dtype, [&](auto element) {
             using T = decltype(element);
-            if (empty) return;
             const bool wide = parameter_dtype == static_cast<int>(DType::kFloat32);
+            const fused::Forward<T> args{pointer<const T>("x", x, elements),
+                                         pointer_or_null<const T>("bias", bias, cols),
+                                         pointer<const T>("residual", residual, elements),
+                                         parameter("weight", weight, cols, wide, element),
+                                         parameter("ln_bias", ln_bias, cols, wide, element),
+                                         wide,
+                                         eps,
+                                         pointer<T>("out", out, elements),
+                                         pointer_or_null<T>("hidden", hidden, elements),
+                                         pointer_or_null<float>("mean", mean, rows),
+                                         pointer_or_null<float>("rstd", rstd, rows),
+                                         rows,
+                                         cols,
+                                         dropout};
+            if (elements == 0) return;
             const py::gil_scoped_release release;
-            forward(fused::Forward<T>{pointer<const T>(x), pointer<const T>(bias), pointer<const T>(residual),
-                                      pointer<const void>(weight), pointer<const void>(ln_bias), wide, eps,
-                                      pointer<T>(out), pointer<T>(hidden), pointer<float>(mean), pointer<float>(rstd),
-                                      rows, cols, dropout},
-                    runner);
+            forward(args, runner);
           });
         },
         arg("x"), arg("bias"), arg("residual"), arg("weight"), arg("ln_bias"), arg("parameter_dtype"), arg("eps"),
         arg("out"), arg("hidden"), arg("mean"), arg("rstd"), arg("rows"), arg("cols"), arg("dtype"), arg("seed"),
         arg("threshold"), arg("scale"), arg(runner_name),
-        "hidden = residual + scale * mask * (x + bias) and out = LayerNorm(hidden), with its mean and rstd; a null "
-        "hidden, mean or rstd is not stored.");
+        "hidden = residual + scale * mask * (x + bias) and out = LayerNorm(hidden), with its mean and rstd; a "
+        "hidden, mean or rstd that is None is not stored.");
 
   m.def(("bias_dropout_residual_layer_norm_backward_" + build).c_str(),
-        [=](std::uintptr_t dy, std::uintptr_t dy2, std::uintptr_t hidden, std::uintptr_t weight, int parameter_dtype,
-            std::uintptr_t mean, std::uintptr_t rstd, std::uintptr_t dresidual, std::uintptr_t dx, std::uintptr_t dbias,
-            std::uintptr_t dweight, std::uintptr_t dln_bias, std::uintptr_t scratch, int64_t rows, int64_t cols,
-            int dtype, std::uintptr_t seed, int64_t threshold, float scale, Runner runner) {
-          check(rows, cols, dtype, parameter_dtype);
+        [=](const Memory& dy, const Memory& dy2, const Memory& hidden, const Memory& weight, int parameter_dtype,
+            const Memory& mean, const Memory& rstd, const Memory& dresidual, const Memory& dx, const Memory& dbias,
+            const Memory& dweight, const Memory& dln_bias, const Memory& scratch, int64_t rows, int64_t cols, int dtype,
+            const Memory& seed, int64_t threshold, float scale, Runner runner) {
+          const int64_t elements = check(rows, cols, dtype, parameter_dtype);
           const auto dropout = make_dropout(seed, threshold, scale);
-          if (rows > 0 && cols > 0) {
-            check_address("dy", dy);
-            check_address("hidden", hidden);
-            check_address("weight", weight);
-            check_address("mean", mean);
-            check_address("rstd", rstd);
-            check_address("dresidual", dresidual);
-            if (dbias != 0 || dweight != 0 || dln_bias != 0) check_address("scratch", scratch);
-          }
           dispatch(dtype, [&](auto element) {
             using T = decltype(element);
-            if (cols == 0) return;
             const bool wide = parameter_dtype == static_cast<int>(DType::kFloat32);
+            const auto gradient = [&](const char* name, const Memory& memory) -> void* {
+              return memory ? parameter(name, memory, cols, wide, element) : nullptr;
+            };
+            const bool sums = dbias || dweight || dln_bias;
+            const int64_t floats = elements_of({fused::partials(rows), fused::kSums, cols});
+            const fused::Backward<T> args{pointer<const T>("dy", dy, elements),
+                                          pointer_or_null<const T>("dy2", dy2, elements),
+                                          pointer<const T>("hidden", hidden, elements),
+                                          parameter("weight", weight, cols, wide, element),
+                                          wide,
+                                          pointer<const float>("mean", mean, rows),
+                                          pointer<const float>("rstd", rstd, rows),
+                                          pointer<T>("dresidual", dresidual, elements),
+                                          pointer_or_null<T>("dx", dx, elements),
+                                          pointer_or_null<T>("dbias", dbias, cols),
+                                          gradient("dweight", dweight),
+                                          gradient("dln_bias", dln_bias),
+                                          sums ? pointer<float>("scratch", scratch, floats) : nullptr,
+                                          rows,
+                                          cols,
+                                          dropout};
+            if (cols == 0) return;
             const py::gil_scoped_release release;
-            backward(fused::Backward<T>{pointer<const T>(dy), pointer<const T>(dy2), pointer<const T>(hidden),
-                                        pointer<const void>(weight), wide, pointer<const float>(mean), pointer<const float>(rstd),
-                                        pointer<T>(dresidual), pointer<T>(dx), pointer<T>(dbias),
-                                        pointer<void>(dweight), pointer<void>(dln_bias), pointer<float>(scratch), rows,
-                                        cols, dropout},
-                     runner);
+            backward(args, runner);
           });
         },
         arg("dy"), arg("dy2"), arg("hidden"), arg("weight"), arg("parameter_dtype"), arg("mean"), arg("rstd"), arg("dresidual"),
         arg("dx"), arg("dbias"), arg("dweight"), arg("dln_bias"), arg("scratch"), arg("rows"), arg("cols"),
         arg("dtype"), arg("seed"), arg("threshold"), arg("scale"), arg(runner_name),
-        "The gradients from dy (and dy2, if not null) and what the forward stored; a null dx, dbias, dweight or dln_bias is not computed.");
+        "The gradients from dy (and dy2, if not None) and what the forward stored; no dx, dbias, dweight or dln_bias that is None.");
 }
 
 py::dict build_info() {
@@ -543,8 +562,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   namespace bdr = bias_dropout_residual;
 
   m.doc() =
-      "Compiled kernels of fastbert. Arguments are addresses, sizes and a stream handle; 0 is a null address. Where a "
-      "kernel is told the memory of a tensor, (address, bytes) or None, the bytes are compared with the sizes.";
+      "Compiled kernels of fastbert. Arguments are the memory of tensors, (address, bytes) or None, sizes, and a stream "
+      "handle. The bytes are compared with the sizes.";
   m.attr("FLOAT32") = static_cast<int>(DType::kFloat32);
   m.attr("FLOAT16") = static_cast<int>(DType::kFloat16);
   m.attr("BFLOAT16") = static_cast<int>(DType::kBFloat16);
@@ -557,20 +576,20 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "The 16-bit draws of elements start .. start + count - 1 of a hidden state, as native uint16 bytes.");
 
   m.def("attention_dropout_host",
-        [](std::uintptr_t probabilities, int64_t first_sequence, int64_t sequences, int64_t heads, int64_t queries,
-           int64_t keys, std::uintptr_t seed, int64_t threshold, float scale, int num_threads) {
+        [](const Memory& probabilities, int64_t first_sequence, int64_t sequences, int64_t heads, int64_t queries,
+           int64_t keys, const Memory& seed, int64_t threshold, float scale, int num_threads) {
           check_at_least("first_sequence", first_sequence, 0);
           check_at_least("sequences", sequences, 0);
           check_at_least("heads", heads, 0);
           check_at_least("queries", queries, 0);
           check_at_least("keys", keys, 0);
           check_at_least("num_threads", num_threads, 1);
-          if (sequences == 0 || heads == 0 || queries == 0 || keys == 0) return;
-          check_address("probabilities", probabilities);
+          const int64_t elements = elements_of({sequences, heads, queries, keys});
+          auto* values = pointer<float>("probabilities", probabilities, elements);
           const auto dropout = make_dropout(seed, threshold, scale);
-          if (dropout.threshold == kKeepAll) return;
+          if (elements == 0 || dropout.threshold == kKeepAll) return;
           const py::gil_scoped_release release;
-          attention::dropout_host({pointer<float>(probabilities), first_sequence, sequences, heads, queries, keys,
+          attention::dropout_host({values, first_sequence, sequences, heads, queries, keys,
                                    *dropout.seed, dropout.threshold, dropout.scale},
                                   num_threads);
         },
@@ -650,8 +669,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         arg("rows"), arg("cols"), "The number of floats of scratch that the backward needs for dbias.");
 
   m.def("bias_dropout_residual_forward_host",
-        [](std::uintptr_t x, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t out, int64_t rows,
-           int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, int num_threads) {
+        [](const Memory& x, const Memory& bias, const Memory& residual, const Memory& out, int64_t rows, int64_t cols,
+           int dtype, const Memory& seed, int64_t threshold, float scale, int num_threads) {
           check_at_least("num_threads", num_threads, 1);
           run_forward(x, bias, residual, out, rows, cols, dtype, seed, threshold, scale,
                       [=](const auto& args) { bdr::forward_host(args, num_threads); });
@@ -659,15 +678,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         arg("x"), arg("bias"), arg("residual"), arg("out"), arg("rows"), arg("cols"), arg("dtype"), arg("seed"),
         arg("threshold"), arg("scale"), arg("num_threads"), "out = residual + scale * mask * (x + bias).");
   m.def("bias_dropout_residual_backward_host",
-        [](std::uintptr_t dy, std::uintptr_t dx, std::uintptr_t dbias, std::uintptr_t scratch, int64_t rows,
-           int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, int num_threads) {
+        [](const Memory& dy, const Memory& dx, const Memory& dbias, const Memory& scratch, int64_t rows, int64_t cols,
+           int dtype, const Memory& seed, int64_t threshold, float scale, int num_threads) {
           check_at_least("num_threads", num_threads, 1);
           run_backward(dy, dx, dbias, scratch, rows, cols, dtype, seed, threshold, scale,
                        [=](const auto& args) { bdr::backward_host(args, num_threads); });
         },
         arg("dy"), arg("dx"), arg("dbias"), arg("scratch"), arg("rows"), arg("cols"), arg("dtype"), arg("seed"),
         arg("threshold"), arg("scale"), arg("num_threads"),
-        "dx = scale * mask * dy and dbias = its column sums; a null dx or dbias is not computed.");
+        "dx = scale * mask * dy and dbias = its column sums; no dx or dbias that is None.");
 
   m.def("bias_dropout_residual_layer_norm_backward_scratch",
         [](int64_t rows, int64_t cols) {
@@ -689,8 +708,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #if defined(FASTBERT_CUDA_VERSION)
   m.def("device_error", &bdr::device_error, "Why the current device can't run the CUDA kernels, or None.");
   m.def("bias_dropout_residual_forward_device",
-        [](std::uintptr_t x, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t out, int64_t rows,
-           int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, std::uintptr_t stream) {
+        [](const Memory& x, const Memory& bias, const Memory& residual, const Memory& out, int64_t rows, int64_t cols,
+           int dtype, const Memory& seed, int64_t threshold, float scale, std::uintptr_t stream) {
           run_forward(x, bias, residual, out, rows, cols, dtype, seed, threshold, scale,
                       [=](const auto& args) { bdr::forward_device(args, pointer<void>(stream)); });
         },
@@ -698,14 +717,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         arg("threshold"), arg("scale"), arg("stream"),
         "out = residual + scale * mask * (x + bias) on the current device; seed is an address in its memory.");
   m.def("bias_dropout_residual_backward_device",
-        [](std::uintptr_t dy, std::uintptr_t dx, std::uintptr_t dbias, std::uintptr_t scratch, int64_t rows,
-           int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, std::uintptr_t stream) {
+        [](const Memory& dy, const Memory& dx, const Memory& dbias, const Memory& scratch, int64_t rows, int64_t cols,
+           int dtype, const Memory& seed, int64_t threshold, float scale, std::uintptr_t stream) {
           run_backward(dy, dx, dbias, scratch, rows, cols, dtype, seed, threshold, scale,
                        [=](const auto& args) { bdr::backward_device(args, pointer<void>(stream)); });
         },
         arg("dy"), arg("dx"), arg("dbias"), arg("scratch"), arg("rows"), arg("cols"), arg("dtype"), arg("seed"),
         arg("threshold"), arg("scale"), arg("stream"),
-        "dx = scale * mask * dy and dbias = its column sums on the current device; a null dx or dbias is not computed.");
+        "dx = scale * mask * dy and dbias = its column sums on the current device; no dx or dbias that is None.");
   bind_bias_dropout_residual_layer_norm<std::uintptr_t>(
       m, "device", "stream",
       [](const auto& args, std::uintptr_t stream) {

@@ -151,11 +151,6 @@ def dtype_code(dtype: torch.dtype) -> int:
     return code
 
 
-def address(tensor: Tensor | None) -> int:
-    """The address of the first element of ``tensor``; 0, the extension's null, for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def memory(tensor: Tensor | None) -> tuple[int, int] | None:
     """The address of the first element of ``tensor`` and the bytes from there on; None for None.
 

@@ -38,14 +38,14 @@ def forward(x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | Non
     p = 0.0 if seed is None else P
     out = torch.full_like(x, torch.nan)
     C.bias_dropout_residual_forward_host(
-        x=x.data_ptr(),
-        bias=extension.address(bias),
-        residual=residual.data_ptr(),
-        out=out.data_ptr(),
+        x=extension.memory(x),
+        bias=extension.memory(bias),
+        residual=extension.memory(residual),
+        out=extension.memory(out),
         rows=x.shape[0],
         cols=x.shape[1],
         dtype=extension.dtype_code(x.dtype),
-        seed=extension.address(seed),
+        seed=extension.memory(seed),
         threshold=philox.threshold(p),
         scale=philox.scale(p),
         num_threads=num_threads,
@@ -59,14 +59,14 @@ def backward(dy: Tensor, seed: Tensor | None, num_threads: int = 2) -> tuple[Ten
     dx, dbias = torch.full_like(dy, torch.nan), dy.new_full((cols,), torch.nan)
     scratch = torch.full((C.bias_dropout_residual_backward_scratch(rows, cols),), torch.nan)
     C.bias_dropout_residual_backward_host(
-        dy=dy.data_ptr(),
-        dx=dx.data_ptr(),
-        dbias=dbias.data_ptr(),
-        scratch=scratch.data_ptr(),
+        dy=extension.memory(dy),
+        dx=extension.memory(dx),
+        dbias=extension.memory(dbias),
+        scratch=extension.memory(scratch),
         rows=rows,
         cols=cols,
         dtype=extension.dtype_code(dy.dtype),
-        seed=extension.address(seed),
+        seed=extension.memory(seed),
         threshold=philox.threshold(p),
         scale=philox.scale(p),
         num_threads=num_threads,
@@ -82,21 +82,21 @@ def fused_forward(
     out, hidden = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
     mean, rstd = torch.full((2, x.shape[0]), torch.nan)
     C.bias_dropout_residual_layer_norm_forward_host(
-        x=x.data_ptr(),
-        bias=0,
-        residual=residual.data_ptr(),
-        weight=weight.data_ptr(),
-        ln_bias=ln_bias.data_ptr(),
+        x=extension.memory(x),
+        bias=None,
+        residual=extension.memory(residual),
+        weight=extension.memory(weight),
+        ln_bias=extension.memory(ln_bias),
         parameter_dtype=extension.dtype_code(weight.dtype),
         eps=1e-12,
-        out=out.data_ptr(),
-        hidden=hidden.data_ptr(),
-        mean=mean.data_ptr(),
-        rstd=rstd.data_ptr(),
+        out=extension.memory(out),
+        hidden=extension.memory(hidden),
+        mean=extension.memory(mean),
+        rstd=extension.memory(rstd),
         rows=x.shape[0],
         cols=x.shape[1],
         dtype=extension.dtype_code(x.dtype),
-        seed=extension.address(seed),
+        seed=extension.memory(seed),
         threshold=philox.threshold(p),
         scale=philox.scale(p),
         num_threads=num_threads,
@@ -115,23 +115,23 @@ def fused_backward(
     dweight, dln_bias = weight.new_full((cols,), torch.nan), weight.new_full((cols,), torch.nan)
     scratch = torch.full((C.bias_dropout_residual_layer_norm_backward_scratch(rows, cols),), torch.nan)
     C.bias_dropout_residual_layer_norm_backward_host(
-        dy=dy.data_ptr(),
-        dy2=0,
-        hidden=hidden.data_ptr(),
-        weight=weight.data_ptr(),
+        dy=extension.memory(dy),
+        dy2=None,
+        hidden=extension.memory(hidden),
+        weight=extension.memory(weight),
         parameter_dtype=extension.dtype_code(weight.dtype),
-        mean=mean.data_ptr(),
-        rstd=rstd.data_ptr(),
-        dresidual=dresidual.data_ptr(),
-        dx=dx.data_ptr(),
-        dbias=dbias.data_ptr(),
-        dweight=dweight.data_ptr(),
-        dln_bias=dln_bias.data_ptr(),
-        scratch=scratch.data_ptr(),
+        mean=extension.memory(mean),
+        rstd=extension.memory(rstd),
+        dresidual=extension.memory(dresidual),
+        dx=extension.memory(dx),
+        dbias=extension.memory(dbias),
+        dweight=extension.memory(dweight),
+        dln_bias=extension.memory(dln_bias),
+        scratch=extension.memory(scratch),
         rows=rows,
         cols=cols,
         dtype=extension.dtype_code(dy.dtype),
-        seed=extension.address(seed),
+        seed=extension.memory(seed),
         threshold=philox.threshold(p),
         scale=philox.scale(p),
         num_threads=num_threads,
@@ -334,9 +334,10 @@ def test_wanted_gradients_only() -> None:
     dx, dbias = backward(dy, None)
     only_dx, only_dbias = torch.empty_like(dy), torch.empty(24)
     scratch = torch.empty(C.bias_dropout_residual_backward_scratch(70, 24))
-    sizes = {"rows": 70, "cols": 24, "dtype": C.FLOAT32, "seed": 0, "threshold": 65536, "scale": 1.0, "num_threads": 1}
-    C.bias_dropout_residual_backward_host(dy.data_ptr(), only_dx.data_ptr(), 0, 0, **sizes)
-    C.bias_dropout_residual_backward_host(dy.data_ptr(), 0, only_dbias.data_ptr(), scratch.data_ptr(), **sizes)
+    sizes = {"rows": 70, "cols": 24, "dtype": C.FLOAT32, "seed": None, "threshold": 65536, "scale": 1.0}
+    memory = extension.memory
+    C.bias_dropout_residual_backward_host(memory(dy), memory(only_dx), None, None, num_threads=1, **sizes)
+    C.bias_dropout_residual_backward_host(memory(dy), None, memory(only_dbias), memory(scratch), num_threads=1, **sizes)
     assert torch.equal(only_dx, dx)
     assert torch.equal(only_dbias, dbias)
 
@@ -356,56 +357,116 @@ def test_nothing_to_do() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": 0}, "x is a null address"),
-        ({"residual": 0}, "residual is a null address"),
-        ({"out": 0}, "out is a null address"),
+        ({"x": None}, "x is None; it must have 64 bytes"),
+        ({"residual": (64, 60)}, "residual has 60 bytes; it must have 64"),
+        ({"out": (64, 68)}, "out has 68 bytes; it must have 64"),
+        ({"bias": (64, 4)}, "bias has 4 bytes; it must have 32"),
+        ({"x": (0, 64)}, "x is a null address"),
+        ({"x": (62, 64)}, "x is at an address that is no multiple of 4"),
         ({"rows": -1}, "rows is -1; it may be 0 or more"),
         ({"cols": -1}, "cols is -1; it may be 0 or more"),
         ({"cols": 2**31}, "cols is 2147483648; it may be 2147483647 or less"),
+        ({"rows": 2**61}, "a tensor of 2305843009213693952 x 8 elements is too large"),
         ({"dtype": 3}, "dtype is 3; it may be FLOAT32, FLOAT16 or BFLOAT16"),
         ({"threshold": 65537}, "threshold is 65537; it may be 0 to 65536"),
-        ({"threshold": 65535}, "seed is a null address"),
+        ({"threshold": 65535}, "seed is None; it must have 8 bytes"),
+        ({"threshold": 65535, "seed": (64, 4)}, "seed has 4 bytes; it must have 8"),
+        ({"scale": float("nan")}, "scale is nan; it may be any finite number"),
         ({"num_threads": 0}, "num_threads is 0; it may be 1 or more"),
     ],
 )
-def test_bad_arguments(change: dict[str, int], message: str) -> None:
-    x = torch.ones(2, 8)
-    arguments = {"x": x.data_ptr(), "bias": 0, "residual": x.data_ptr(), "out": x.data_ptr(), "rows": 2, "cols": 8}
-    arguments |= {"dtype": C.FLOAT32, "seed": 0, "threshold": 65536, "num_threads": 1}
-    with pytest.raises(ValueError, match=message):
-        C.bias_dropout_residual_forward_host(**(arguments | change), scale=1.0)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    x = extension.memory(torch.ones(2, 8))
+    arguments = {"x": x, "bias": None, "residual": x, "out": x, "rows": 2, "cols": 8, "dtype": C.FLOAT32}
+    arguments |= {"seed": None, "threshold": 65536, "scale": 1.0, "num_threads": 1}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        C.bias_dropout_residual_forward_host(**(arguments | change))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        *(({name: 0}, f"{name} is a null address") for name in ("dy", "hidden", "weight", "mean", "rstd")),
-        ({"dresidual": 0}, "dresidual is a null address"),
-        ({"scratch": 0}, "scratch is a null address"),
+        ({"dy": (64, 60)}, "dy has 60 bytes; it must have 64"),
+        ({"dx": (64, 60)}, "dx has 60 bytes; it must have 64"),
+        ({"dbias": (64, 28)}, "dbias has 28 bytes; it must have 32"),
+        ({"scratch": (64, 28)}, "scratch has 28 bytes; it must have 32"),
+        ({"scratch": None}, "scratch is None; it must have 32 bytes"),
+    ],
+)
+def test_bad_arguments_of_the_backward(change: dict[str, Any], message: str) -> None:
+    x, row = extension.memory(torch.ones(2, 8)), extension.memory(torch.ones(8))
+    arguments = {"dy": x, "dx": x, "dbias": row, "scratch": row, "rows": 2, "cols": 8, "dtype": C.FLOAT32}
+    arguments |= {"seed": None, "threshold": 65536, "scale": 1.0, "num_threads": 1}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        C.bias_dropout_residual_backward_host(**(arguments | change))
+
+
+BYTES = dict.fromkeys(("dy", "dy2", "hidden", "dresidual", "dx"), 64) | dict.fromkeys(("mean", "rstd"), 8)
+BYTES |= dict.fromkeys(("weight", "dbias", "dweight", "dln_bias"), 32) | {"scratch": 96}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({name: (64, size - 4)}, f"{name} has {size - 4} bytes; it must have {size}")
+            for name, size in BYTES.items()
+        ),
+        *(
+            ({name: None}, f"{name} is None; it must have {BYTES[name]} bytes")
+            for name in ("dy", "hidden", "weight", "mean", "rstd", "dresidual", "scratch")
+        ),
         ({"cols": -1}, "cols is -1; it may be 0 or more"),
         ({"parameter_dtype": 2}, "parameter_dtype is 2; it may be dtype or FLOAT32"),
         ({"dtype": 3, "parameter_dtype": 3}, "dtype is 3; it may be FLOAT32, FLOAT16 or BFLOAT16"),
-        ({"threshold": 65535}, "seed is a null address"),
+        ({"threshold": 65535}, "seed is None; it must have 8 bytes"),
         ({"num_threads": 0}, "num_threads is 0; it may be 1 or more"),
     ],
 )
-def test_bad_arguments_of_the_fused_backward(change: dict[str, int], message: str) -> None:
-    x = torch.ones(2, 8)
-    names = ("dy", "hidden", "weight", "mean", "rstd", "dresidual", "dx", "dbias", "dweight", "dln_bias", "scratch")
-    arguments = dict.fromkeys(names, x.data_ptr()) | {"rows": 2, "cols": 8, "dtype": C.FLOAT32, "num_threads": 1}
-    arguments |= {"dy2": 0, "parameter_dtype": C.FLOAT32, "seed": 0, "threshold": 65536} | change
-    with pytest.raises(ValueError, match=message):
-        C.bias_dropout_residual_layer_norm_backward_host(**arguments, scale=1.0)
+def test_bad_arguments_of_the_fused_backward(change: dict[str, Any], message: str) -> None:
+    memory = torch.ones(24)
+    arguments: dict[str, Any] = {name: (memory.data_ptr(), size) for name, size in BYTES.items()}
+    arguments |= {"rows": 2, "cols": 8, "dtype": C.FLOAT32, "parameter_dtype": C.FLOAT32, "num_threads": 1}
+    arguments |= {"seed": None, "threshold": 65536, "scale": 1.0} | change
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        C.bias_dropout_residual_layer_norm_backward_host(**arguments)
 
 
-@pytest.mark.parametrize("name", ["x", "residual", "weight", "ln_bias", "out"])
-def test_null_addresses_of_the_fused_forward(name: str) -> None:
-    x = torch.ones(2, 8)
-    arguments = dict.fromkeys(("x", "residual", "weight", "ln_bias", "out"), x.data_ptr()) | {name: 0}
-    arguments |= dict.fromkeys(("bias", "hidden", "mean", "rstd", "seed"), 0) | {"rows": 2, "cols": 8}
-    arguments |= {"parameter_dtype": C.FLOAT32, "dtype": C.FLOAT32, "threshold": 65536, "num_threads": 1}
-    with pytest.raises(ValueError, match=f"{name} is a null address"):
-        C.bias_dropout_residual_layer_norm_forward_host(**arguments, eps=1e-12, scale=1.0)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({name: (64, size - 4)}, f"{name} has {size - 4} bytes; it must have {size}")
+            for names, size in (
+                (("x", "residual", "out", "hidden"), 64),
+                (("bias", "weight", "ln_bias"), 32),
+                (("mean", "rstd"), 8),
+            )
+            for name in names
+        ),
+        *(({name: None}, f"{name} is None; it must have 64 bytes") for name in ("x", "residual", "out")),
+        *(({name: None}, f"{name} is None; it must have 32 bytes") for name in ("weight", "ln_bias")),
+        ({"eps": float("nan")}, "eps is nan; it may be 0 or more"),
+        ({"eps": -1.0}, "eps is -1.000000; it may be 0 or more"),
+    ],
+)
+def test_bad_arguments_of_the_fused_forward(change: dict[str, Any], message: str) -> None:
+    x, row = extension.memory(torch.ones(2, 8)), extension.memory(torch.ones(8))
+    arguments: dict[str, Any] = dict.fromkeys(("x", "residual", "out"), x)
+    arguments |= dict.fromkeys(("weight", "ln_bias"), row) | dict.fromkeys(("bias", "hidden", "mean", "rstd", "seed"))
+    arguments |= {"rows": 2, "cols": 8, "parameter_dtype": C.FLOAT32, "dtype": C.FLOAT32, "threshold": 65536}
+    arguments |= {"eps": 1e-12, "scale": 1.0, "num_threads": 1} | change
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        C.bias_dropout_residual_layer_norm_forward_host(**arguments)
+
+
+def test_bad_arguments_of_attention_dropout() -> None:
+    memory, seed = extension.memory(torch.ones(2, 3, 4, 4)), extension.memory(torch.tensor(1))
+    sizes = {"first_sequence": 0, "sequences": 2, "heads": 3, "queries": 4, "num_threads": 1}
+    numbers = {"seed": seed, "threshold": 5, "scale": 1.0}
+    C.attention_dropout_host(probabilities=memory, keys=4, **sizes, **numbers)
+    with pytest.raises(ValueError, match=r"probabilities has 384 bytes; it must have 480$"):
+        C.attention_dropout_host(probabilities=memory, keys=5, **sizes, **numbers)
 
 
 def linear_arguments() -> dict[str, Any]:
@@ -540,13 +601,16 @@ def test_unknown_dtype() -> None:
 def test_cuda_errors_are_raised() -> None:
     """Without a GPU, a launch raises what the CUDA runtime says, and so does the question whether one would work."""
     assert C.device_error()
+    row, one = (16, 32), (16, 4)
     with pytest.raises(RuntimeError, match="cudaError"):
-        C.bias_dropout_residual_backward_device(16, 16, 16, 16, 1, 8, C.FLOAT32, 0, 65536, 1.0, 0)
+        C.bias_dropout_residual_backward_device(row, row, row, row, 1, 8, C.FLOAT32, None, 65536, 1.0, 0)
     with pytest.raises(RuntimeError, match="cudaError"):
         C.bias_dropout_residual_layer_norm_forward_device(
-            16, 0, 16, 16, 16, C.FLOAT32, 1e-12, 16, 0, 0, 0, 1, 8, C.FLOAT32, 0, 65536, 1.0, 0
+            *(row, None, row, row, row, C.FLOAT32, 1e-12, row, None, None, None),
+            *(1, 8, C.FLOAT32, None, 65536, 1.0, 0),
         )
     with pytest.raises(RuntimeError, match="bias_dropout_residual_layer_norm backward: cudaError"):
         C.bias_dropout_residual_layer_norm_backward_device(
-            16, 0, 16, 16, C.FLOAT32, 16, 16, 16, 0, 0, 0, 0, 0, 1, 8, C.FLOAT32, 0, 65536, 1.0, 0
+            *(row, None, row, row, C.FLOAT32, one, one, row, None, None, None, None, None),
+            *(1, 8, C.FLOAT32, None, 65536, 1.0, 0),
         )

@@ -430,10 +430,15 @@ void linear_forward(const Memory& x, const Memory& packed, const Memory& bias, c
   });
 }
 
-const linear::Rows* matrices_of(std::uintptr_t matrices, int64_t count) {
+void check_address(const char* name, int64_t address, int64_t multiple) {
+  if (address > 0 && address % multiple == 0) return;
+  throw std::invalid_argument(std::string(name) + " is " + std::to_string(address) +
+                              "; it must be an address that is a multiple of " + std::to_string(multiple));
+}
+
+const linear::Rows* matrices_of(const Memory& matrices, int64_t count) {
   check_at_least("count", count, 0);
-  if (count > 0) check_address("matrices", matrices);
-  const auto* rows = pointer<const linear::Rows>(matrices);
+  const auto* rows = pointer<const linear::Rows>("matrices", matrices, count);
   for (int64_t i = 0; i < count; ++i) {
     check_at_least("rows", rows[i].rows, 0);
     if (rows[i].rows == 0) continue;
@@ -441,9 +446,9 @@ const linear::Rows* matrices_of(std::uintptr_t matrices, int64_t count) {
     if (rows[i].row_bytes % 2 != 0) {
       throw std::invalid_argument("row_bytes is " + std::to_string(rows[i].row_bytes) + "; it must be even");
     }
-    for (const auto address : {rows[i].address, rows[i].ends, rows[i].checksums}) {
-      check_address("one of the addresses of a matrix", static_cast<std::uintptr_t>(address));
-    }
+    check_address("address", rows[i].address, 2);
+    check_address("ends", rows[i].ends, alignof(uint32_t));
+    check_address("checksums", rows[i].checksums, alignof(uint64_t));
   }
   return rows;
 }
@@ -626,7 +631,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.attr("CHECKSUM_TURNS") = linear::kTurns;
   m.def("checksums_remember",
-        [](std::uintptr_t matrices, int64_t count) {
+        [](const Memory& matrices, int64_t count) {
           const auto* rows = matrices_of(matrices, count);
           const py::gil_scoped_release release;
           for (int64_t i = 0; i < count; ++i) linear::remember(rows[i]);
@@ -635,7 +640,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "matrices is int64 [count, 5]: address, rows, bytes of a row, and the addresses of one uint32 and one uint64 for "
         "each row, which are filled.");
   m.def("checksums_unchanged",
-        [](std::uintptr_t matrices, int64_t count, int64_t turn, int num_threads) {
+        [](const Memory& matrices, int64_t count, int64_t turn, int num_threads) {
           check_at_least("turn", turn, 0);
           check_at_least("num_threads", num_threads, 1);
           const auto* rows = matrices_of(matrices, count);

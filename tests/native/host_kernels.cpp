@@ -16,6 +16,7 @@
 #include <cstring>
 #include <functional>
 #include <map>
+#include <numeric>
 #include <random>
 #include <string>
 #include <thread>
@@ -31,6 +32,7 @@
 #include "common/simd.h"
 #include "encoder_layer/encoder_layer.h"
 #include "linear/amx.h"
+#include "linear/checksum.h"
 #include "linear/simd.h"
 #include "parallel.h"
 #include "tiles.h"
@@ -445,6 +447,42 @@ void linear_layers(const std::vector<Set>& sets, bool quick) {
   }
 }
 
+// Checksums of weights.
+
+template <typename T>
+void checksum_of(int64_t rows, int64_t columns) {
+  every_way("checksum", text({rows, columns, sizeof(T)}), [=](const Way& way) {
+    auto weight = output<T>(rows * columns, way);
+    std::iota(weight.begin(), weight.end(), T{1});
+    auto ends = output<uint32_t>(rows, way);
+    auto checksums = output<uint64_t>(rows, way);
+    const auto address = [](const auto& buffer) { return reinterpret_cast<int64_t>(buffer.data()); };
+    const linear::Rows matrix{address(weight), rows, columns * static_cast<int64_t>(sizeof(T)), address(ends),
+                              address(checksums)};
+    linear::remember(matrix);
+    ends.freeze();
+    checksums.freeze();
+    const linear::Rows matrices[] = {matrix, matrix};
+    for (int64_t turn = 0; turn < linear::kTurns; ++turn) {
+      if (!linear::unchanged(matrices, 2, turn, way.threads)) fail("a matrix that is the same has changed");
+    }
+    weight[rows * columns / 2] ^= T{1};
+    bool seen = false;
+    for (int64_t turn = 0; turn < linear::kTurns; ++turn) seen |= !linear::unchanged(matrices, 2, turn, way.threads);
+    if (!seen) fail("a matrix has changed, and it wasn't seen");
+    return Result{};
+  });
+}
+
+void checksums(bool quick) {
+  std::vector<std::array<int64_t, 2>> shapes = {{1, 1}, {1, 7}, {65, 33}};
+  if (!quick) shapes.insert(shapes.end(), {{3, 32}, {63, 2}, {300, 5}, {1000, 64}});
+  for (const auto& [rows, columns] : shapes) {
+    checksum_of<uint16_t>(rows, columns);
+    checksum_of<uint32_t>(rows, columns);
+  }
+}
+
 // Whole layers.
 
 template <typename T, typename W>
@@ -547,6 +585,7 @@ int run(bool quick) {
   element_wise(quick);
   attention(sets, quick);
   linear_layers(sets, quick);
+  checksums(quick);
   encoder_layers(sets, quick);
   callers_at_once(sets);
   for (const auto& [kernel, count] : calls) std::printf("%s: %d calls\n", kernel.c_str(), count);

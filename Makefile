@@ -1,4 +1,4 @@
-# demo | test | lint | bench: each sets up what it needs in .venv, at the versions in requirements/lock.txt.
+# demo | test | lint | sanitize | bench: each sets up what it needs in .venv, at the versions in requirements/lock.txt.
 # test-versions: tests with the oldest supported and the newest transformers, torch and Triton; ONLY names some.
 # lock: renews those versions; HOLD names the packages that keep theirs.
 # gpu: builds for, and tests on, the GPUs of a machine whose PYTHON has torch; needs no network.
@@ -29,7 +29,7 @@ TRITON := requirements/triton.txt
 INSTALL := $(BIN)/python -m pip install --quiet --constraint $(LOCK) --build-constraint $(LOCK)
 SOURCES := pyproject.toml CMakeLists.txt $(LOCK) $(TRITON) $(shell find csrc -type f)
 
-.PHONY: demo test test-versions lint bench lock gpu clean
+.PHONY: demo test test-versions lint sanitize bench lock gpu clean
 
 demo: $(DEMO)
 	$(BIN)/fastbert compare
@@ -45,6 +45,10 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Two minutes: the host kernels on all sizes under the sanitizers of addresses, undefined behaviour and threads.
+sanitize: $(READY)
+	$(BIN)/python -m pytest tests/native --everything
 
 bench: $(PEERS)
 	$(BIN)/fastbert bench --out benchmarks/results

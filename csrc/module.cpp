@@ -2,12 +2,15 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "attention/amx.h"
@@ -19,6 +22,7 @@
 #include "common/dropout.h"
 #include "common/dtype.h"
 #include "common/philox_host.h"
+#include "common/processor.h"
 #include "common/simd.h"
 #include "encoder_layer/encoder_layer.h"
 #include "linear/amx.h"
@@ -52,24 +56,74 @@ void check_at_least(const char* name, int64_t value, int64_t smallest) {
   }
 }
 
-void check_address(const char* name, std::uintptr_t address) {
-  if (address == 0) throw std::invalid_argument(std::string(name) + " is a null address");
+void check_finite(const char* name, float value) {
+  if (!std::isfinite(value)) {
+    throw std::invalid_argument(std::string(name) + " is " + std::to_string(value) + "; it may be any finite number");
+  }
 }
 
-void check_shape(int64_t rows, int64_t cols) {
+void check_eps(float eps) {
+  if (!std::isfinite(eps) || eps < 0.0f) {
+    throw std::invalid_argument("eps is " + std::to_string(eps) + "; it may be 0 or more");
+  }
+}
+
+// The number of elements of a tensor whose sizes, 0 or more, are these.
+int64_t elements_of(std::initializer_list<int64_t> sizes) {
+  int64_t elements = 1;
+  for (const int64_t size : sizes) {
+    if (!__builtin_mul_overflow(elements, size, &elements)) continue;
+    std::string shape;
+    for (const int64_t one : sizes) shape += (shape.empty() ? "" : " x ") + std::to_string(one);
+    throw std::invalid_argument("a tensor of " + shape + " elements is too large");
+  }
+  return elements;
+}
+
+// What Python hands over for a tensor: the address of its first element and the number of its bytes; or None.
+using Memory = std::optional<std::pair<std::uintptr_t, int64_t>>;
+
+// Where the kernels write, and what they pack, lies at a multiple of this.
+constexpr size_t kAligned = 64;
+
+enum class Length { kExact, kOrMore };
+
+// The address of `elements` elements. Throws std::invalid_argument if the memory is not theirs.
+template <typename T>
+T* pointer(const std::string& name, const Memory& memory, int64_t elements, size_t alignment = alignof(T),
+           Length length = Length::kExact) {
+  const int64_t bytes = elements_of({elements, static_cast<int64_t>(sizeof(T))});
+  const char* const more = length == Length::kOrMore ? " or more" : "";
+  if (!memory || (length == Length::kExact ? memory->second != bytes : memory->second < bytes)) {
+    const std::string is = memory ? " has " + std::to_string(memory->second) + " bytes" : " is None";
+    throw std::invalid_argument(name + is + "; it must have " + std::to_string(bytes) + (memory ? more : " bytes"));
+  }
+  if (bytes == 0) return nullptr;
+  if (memory->first == 0) throw std::invalid_argument(name + " is a null address");
+  if (memory->first % alignment != 0) {
+    throw std::invalid_argument(name + " is at an address that is no multiple of " + std::to_string(alignment));
+  }
+  return pointer<T>(memory->first);
+}
+
+// The same where None means that there is no such tensor.
+template <typename T>
+T* pointer_or_null(const std::string& name, const Memory& memory, int64_t elements) {
+  return memory ? pointer<T>(name, memory, elements) : nullptr;
+}
+
+// The number of elements.
+int64_t check_shape(int64_t rows, int64_t cols) {
   check_at_least("rows", rows, 0);
   check_at_least("cols", cols, 0);
   if (cols > std::numeric_limits<int32_t>::max()) {
     throw std::invalid_argument("cols is " + std::to_string(cols) + "; it may be 2147483647 or less");
   }
+  return elements_of({rows, cols});
 }
 
-// Whether cu_seqlens [sequences + 1] ascends from 0 to at most rows, in steps of at most max_seqlen.
-bool ascends(std::uintptr_t cu_seqlens, int64_t rows, int64_t sequences, int64_t max_seqlen) {
-  check_at_least("rows", rows, 0);
-  check_at_least("sequences", sequences, 0);
-  check_address("cu_seqlens", cu_seqlens);
-  const auto* offsets = pointer<const int32_t>(cu_seqlens);
+// Whether offsets [sequences + 1] ascend from 0 to at most rows, in steps of at most max_seqlen.
+bool ascends(const int32_t* offsets, int64_t rows, int64_t sequences, int64_t max_seqlen) {
   bool fits = offsets[0] == 0 && offsets[sequences] <= rows;
   for (int64_t i = 0; i < sequences; ++i) {
     const int64_t length = int64_t{offsets[i + 1]} - offsets[i];
@@ -78,48 +132,54 @@ bool ascends(std::uintptr_t cu_seqlens, int64_t rows, int64_t sequences, int64_t
   return fits;
 }
 
-Dropout make_dropout(std::uintptr_t seed, int64_t threshold, float scale) {
+// The seed lies in the memory of the device that computes.
+Dropout make_dropout(const Memory& seed, int64_t threshold, float scale) {
   if (threshold < 0 || threshold > kKeepAll) {
     throw std::invalid_argument("threshold is " + std::to_string(threshold) + "; it may be 0 to 65536");
   }
-  if (threshold != kKeepAll) check_address("seed", seed);
-  return {pointer<const int64_t>(seed), static_cast<uint32_t>(threshold), scale};
+  check_finite("scale", scale);
+  const bool drops = threshold != kKeepAll;
+  return {drops ? pointer<const int64_t>("seed", seed, 1) : nullptr, static_cast<uint32_t>(threshold), scale};
 }
 
 template <typename Launch>
-void run_forward(std::uintptr_t x, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t out, int64_t rows,
-                 int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, Launch&& launch) {
-  check_shape(rows, cols);
+void run_forward(const Memory& x, const Memory& bias, const Memory& residual, const Memory& out, int64_t rows,
+                 int64_t cols, int dtype, const Memory& seed, int64_t threshold, float scale, Launch&& launch) {
+  const int64_t elements = check_shape(rows, cols);
   const auto dropout = make_dropout(seed, threshold, scale);
-  if (rows > 0 && cols > 0) {
-    check_address("x", x);
-    check_address("residual", residual);
-    check_address("out", out);
-  }
   dispatch(dtype, [&](auto element) {
     using T = decltype(element);
-    if (rows == 0 || cols == 0) return;
+    const bias_dropout_residual::Forward<T> args{pointer<const T>("x", x, elements),
+                                                 pointer_or_null<const T>("bias", bias, cols),
+                                                 pointer<const T>("residual", residual, elements),
+                                                 pointer<T>("out", out, elements),
+                                                 rows,
+                                                 cols,
+                                                 dropout};
+    if (elements == 0) return;
     const py::gil_scoped_release release;
-    launch(bias_dropout_residual::Forward<T>{pointer<const T>(x), pointer<const T>(bias), pointer<const T>(residual),
-                                             pointer<T>(out), rows, cols, dropout});
+    launch(args);
   });
 }
 
 template <typename Launch>
-void run_backward(std::uintptr_t dy, std::uintptr_t dx, std::uintptr_t dbias, std::uintptr_t scratch, int64_t rows,
-                  int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, Launch&& launch) {
-  check_shape(rows, cols);
+void run_backward(const Memory& dy, const Memory& dx, const Memory& dbias, const Memory& scratch, int64_t rows,
+                  int64_t cols, int dtype, const Memory& seed, int64_t threshold, float scale, Launch&& launch) {
+  namespace bdr = bias_dropout_residual;
+  const int64_t elements = check_shape(rows, cols);
   const auto dropout = make_dropout(seed, threshold, scale);
-  if (rows > 0 && cols > 0) {
-    check_address("dy", dy);
-    if (dbias != 0) check_address("scratch", scratch);
-  }
   dispatch(dtype, [&](auto element) {
     using T = decltype(element);
+    const bdr::Backward<T> args{pointer<const T>("dy", dy, elements),
+                                pointer_or_null<T>("dx", dx, elements),
+                                pointer_or_null<T>("dbias", dbias, cols),
+                                dbias ? pointer<float>("scratch", scratch, bdr::partials(rows) * cols) : nullptr,
+                                rows,
+                                cols,
+                                dropout};
     if (cols == 0) return;
     const py::gil_scoped_release release;
-    launch(bias_dropout_residual::Backward<T>{pointer<const T>(dy), pointer<T>(dx), pointer<T>(dbias),
-                                              pointer<float>(scratch), rows, cols, dropout});
+    launch(args);
   });
 }
 
@@ -131,79 +191,94 @@ void bind_bias_dropout_residual_layer_norm(py::module_& m, const std::string& bu
   using py::arg;
   namespace fused = bias_dropout_residual_layer_norm;
   const auto check = [](int64_t rows, int64_t cols, int dtype, int parameter_dtype) {
-    check_shape(rows, cols);
     if (parameter_dtype != dtype && parameter_dtype != static_cast<int>(DType::kFloat32)) {
       throw std::invalid_argument("parameter_dtype is " + std::to_string(parameter_dtype) +
                                   "; it may be dtype or FLOAT32");
     }
+    return check_shape(rows, cols);
+  };
+  // A parameter [cols] of the LayerNorm, or its gradient, float where it is wide and otherwise of the type of `element`.
+  const auto parameter = [](const char* name, const Memory& memory, int64_t cols, bool wide, auto element) -> void* {
+    if (wide) return pointer<float>(name, memory, cols);
+    return pointer<decltype(element)>(name, memory, cols);
   };
 
   m.def(("bias_dropout_residual_layer_norm_forward_" + build).c_str(),
-        [=](std::uintptr_t x, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t weight,
-            std::uintptr_t ln_bias, int parameter_dtype, float eps, std::uintptr_t out, std::uintptr_t hidden,
-            std::uintptr_t mean, std::uintptr_t rstd, int64_t rows, int64_t cols, int dtype, std::uintptr_t seed,
-            int64_t threshold, float scale, Runner runner) {
-          check(rows, cols, dtype, parameter_dtype);
+        [=](const Memory& x, const Memory& bias, const Memory& residual, const Memory& weight, const Memory& ln_bias,
+            int parameter_dtype, float eps, const Memory& out, const Memory& hidden, const Memory& mean,
+            const Memory& rstd, int64_t rows, int64_t cols, int dtype, const Memory& seed, int64_t threshold,
+            float scale, Runner runner) {
+          const int64_t elements = check(rows, cols, dtype, parameter_dtype);
+          check_eps(eps);
           const auto dropout = make_dropout(seed, threshold, scale);
-          const bool empty = rows == 0 || cols == 0;
-          if (!empty) {
-            check_address("x", x);
-            check_address("residual", residual);
-            check_address("weight", weight);
-            check_address("ln_bias", ln_bias);
-            check_address("out", out);
-          }
           dispatch(dtype, [&](auto element) {
             using T = decltype(element);
-            if (empty) return;
             const bool wide = parameter_dtype == static_cast<int>(DType::kFloat32);
+            const fused::Forward<T> args{pointer<const T>("x", x, elements),
+                                         pointer_or_null<const T>("bias", bias, cols),
+                                         pointer<const T>("residual", residual, elements),
+                                         parameter("weight", weight, cols, wide, element),
+                                         parameter("ln_bias", ln_bias, cols, wide, element),
+                                         wide,
+                                         eps,
+                                         pointer<T>("out", out, elements),
+                                         pointer_or_null<T>("hidden", hidden, elements),
+                                         pointer_or_null<float>("mean", mean, rows),
+                                         pointer_or_null<float>("rstd", rstd, rows),
+                                         rows,
+                                         cols,
+                                         dropout};
+            if (elements == 0) return;
             const py::gil_scoped_release release;
-            forward(fused::Forward<T>{pointer<const T>(x), pointer<const T>(bias), pointer<const T>(residual),
-                                      pointer<const void>(weight), pointer<const void>(ln_bias), wide, eps,
-                                      pointer<T>(out), pointer<T>(hidden), pointer<float>(mean), pointer<float>(rstd),
-                                      rows, cols, dropout},
-                    runner);
+            forward(args, runner);
           });
         },
         arg("x"), arg("bias"), arg("residual"), arg("weight"), arg("ln_bias"), arg("parameter_dtype"), arg("eps"),
         arg("out"), arg("hidden"), arg("mean"), arg("rstd"), arg("rows"), arg("cols"), arg("dtype"), arg("seed"),
         arg("threshold"), arg("scale"), arg(runner_name),
-        "hidden = residual + scale * mask * (x + bias) and out = LayerNorm(hidden), with its mean and rstd; a null "
-        "hidden, mean or rstd is not stored.");
+        "hidden = residual + scale * mask * (x + bias) and out = LayerNorm(hidden), with its mean and rstd; a "
+        "hidden, mean or rstd that is None is not stored.");
 
   m.def(("bias_dropout_residual_layer_norm_backward_" + build).c_str(),
-        [=](std::uintptr_t dy, std::uintptr_t dy2, std::uintptr_t hidden, std::uintptr_t weight, int parameter_dtype,
-            std::uintptr_t mean, std::uintptr_t rstd, std::uintptr_t dresidual, std::uintptr_t dx, std::uintptr_t dbias,
-            std::uintptr_t dweight, std::uintptr_t dln_bias, std::uintptr_t scratch, int64_t rows, int64_t cols,
-            int dtype, std::uintptr_t seed, int64_t threshold, float scale, Runner runner) {
-          check(rows, cols, dtype, parameter_dtype);
+        [=](const Memory& dy, const Memory& dy2, const Memory& hidden, const Memory& weight, int parameter_dtype,
+            const Memory& mean, const Memory& rstd, const Memory& dresidual, const Memory& dx, const Memory& dbias,
+            const Memory& dweight, const Memory& dln_bias, const Memory& scratch, int64_t rows, int64_t cols, int dtype,
+            const Memory& seed, int64_t threshold, float scale, Runner runner) {
+          const int64_t elements = check(rows, cols, dtype, parameter_dtype);
           const auto dropout = make_dropout(seed, threshold, scale);
-          if (rows > 0 && cols > 0) {
-            check_address("dy", dy);
-            check_address("hidden", hidden);
-            check_address("weight", weight);
-            check_address("mean", mean);
-            check_address("rstd", rstd);
-            check_address("dresidual", dresidual);
-            if (dbias != 0 || dweight != 0 || dln_bias != 0) check_address("scratch", scratch);
-          }
           dispatch(dtype, [&](auto element) {
             using T = decltype(element);
-            if (cols == 0) return;
             const bool wide = parameter_dtype == static_cast<int>(DType::kFloat32);
+            const auto gradient = [&](const char* name, const Memory& memory) -> void* {
+              return memory ? parameter(name, memory, cols, wide, element) : nullptr;
+            };
+            const bool sums = dbias || dweight || dln_bias;
+            const int64_t floats = elements_of({fused::partials(rows), fused::kSums, cols});
+            const fused::Backward<T> args{pointer<const T>("dy", dy, elements),
+                                          pointer_or_null<const T>("dy2", dy2, elements),
+                                          pointer<const T>("hidden", hidden, elements),
+                                          parameter("weight", weight, cols, wide, element),
+                                          wide,
+                                          pointer<const float>("mean", mean, rows),
+                                          pointer<const float>("rstd", rstd, rows),
+                                          pointer<T>("dresidual", dresidual, elements),
+                                          pointer_or_null<T>("dx", dx, elements),
+                                          pointer_or_null<T>("dbias", dbias, cols),
+                                          gradient("dweight", dweight),
+                                          gradient("dln_bias", dln_bias),
+                                          sums ? pointer<float>("scratch", scratch, floats) : nullptr,
+                                          rows,
+                                          cols,
+                                          dropout};
+            if (cols == 0) return;
             const py::gil_scoped_release release;
-            backward(fused::Backward<T>{pointer<const T>(dy), pointer<const T>(dy2), pointer<const T>(hidden),
-                                        pointer<const void>(weight), wide, pointer<const float>(mean), pointer<const float>(rstd),
-                                        pointer<T>(dresidual), pointer<T>(dx), pointer<T>(dbias),
-                                        pointer<void>(dweight), pointer<void>(dln_bias), pointer<float>(scratch), rows,
-                                        cols, dropout},
-                     runner);
+            backward(args, runner);
           });
         },
         arg("dy"), arg("dy2"), arg("hidden"), arg("weight"), arg("parameter_dtype"), arg("mean"), arg("rstd"), arg("dresidual"),
         arg("dx"), arg("dbias"), arg("dweight"), arg("dln_bias"), arg("scratch"), arg("rows"), arg("cols"),
         arg("dtype"), arg("seed"), arg("threshold"), arg("scale"), arg(runner_name),
-        "The gradients from dy (and dy2, if not null) and what the forward stored; a null dx, dbias, dweight or dln_bias is not computed.");
+        "The gradients from dy (and dy2, if not None) and what the forward stored; no dx, dbias, dweight or dln_bias that is None.");
 }
 
 py::dict build_info() {
@@ -232,6 +307,28 @@ py::dict build_info() {
   info["cuda_absent"] = FASTBERT_CUDA_ABSENT;  // why
 #endif
   return info;
+}
+
+py::dict processor_words() {
+  const Processor processor = this_processor();
+  py::dict words;
+  words["leaf1_ecx"] = processor.leaf1_ecx;
+  words["leaf7_ebx"] = processor.leaf7_ebx;
+  words["leaf7_edx"] = processor.leaf7_edx;
+  words["leaf7_1_eax"] = processor.leaf7_1_eax;
+  words["extended1_ecx"] = processor.extended1_ecx;
+  words["xcr0"] = processor.xcr0;
+  return words;
+}
+
+py::dict instructions_of(uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_edx, uint32_t leaf7_1_eax,
+                         uint32_t extended1_ecx, uint32_t xcr0) {
+  const Processor processor{leaf1_ecx, leaf7_ebx, leaf7_edx, leaf7_1_eax, extended1_ecx, xcr0};
+  py::dict instructions;
+  instructions["AVX2"] = has_v3(processor);
+  instructions["AVX512"] = has_v4(processor);
+  instructions["AMX"] = has_amx(processor);
+  return instructions;
 }
 
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
@@ -265,57 +362,65 @@ auto with_instructions(int instructions, Function&& function) {
   return function(float{});
 }
 
-void check_sizes(std::initializer_list<int64_t> sizes, int64_t multiple) {
-  for (const int64_t size : sizes) {
-    if (size < 1 || size % multiple != 0) {
-      throw std::invalid_argument("a size is " + std::to_string(size) + "; it must be a multiple of " +
-                                  std::to_string(multiple));
-    }
+void check_multiple(const char* name, int64_t size) {
+  if (size < 1 || size % linear::kMultiple != 0) {
+    throw std::invalid_argument(std::string(name) + " is " + std::to_string(size) + "; it may be a positive multiple of " +
+                                std::to_string(linear::kMultiple));
   }
 }
 
-void check_aligned(const char* name, std::uintptr_t address) {
-  check_address(name, address);
-  if (address % 64 != 0) throw std::invalid_argument(std::string(name) + " is at an address that is no multiple of 64");
-}
-
-linear::Post post_of(int post, linear::Post last = linear::Post::kAdd) {
-  if (post < 0 || post > static_cast<int>(last)) {
+linear::Post post_of(int post) {
+  if (post < 0 || post > static_cast<int>(linear::Post::kAdd)) {
     throw std::invalid_argument("post is " + std::to_string(post) + "; it may be one of POST_*");
   }
   return static_cast<linear::Post>(post);
 }
 
-void linear_pack(std::uintptr_t weight, std::uintptr_t packed, int64_t features, int64_t depth, int instructions) {
-  check_sizes({features, depth}, linear::kMultiple);
-  check_address("weight", weight);
-  check_aligned("packed", packed);
+linear::Post gelu_of(int gelu) {
+  const auto post = static_cast<linear::Post>(gelu);
+  if (post != linear::Post::kGeluErf && post != linear::Post::kGeluTanh) {
+    throw std::invalid_argument("gelu is " + std::to_string(gelu) + "; it may be POST_GELU_ERF or POST_GELU_TANH");
+  }
+  return post;
+}
+
+void linear_pack(const Memory& weight, const Memory& packed, int64_t features, int64_t depth, int instructions) {
+  check_multiple("features", features);
+  check_multiple("depth", depth);
+  const int64_t elements = elements_of({features, depth});
   with_instructions(instructions, [&](auto element) {
     using T = decltype(element);
+    const auto* from = pointer<const T>("weight", weight, elements);
+    auto* to = pointer<T>("packed", packed, elements, kAligned);
     const py::gil_scoped_release release;
     if constexpr (std::is_same_v<T, float>) {
-      linear::simd_pack(pointer<const T>(weight), pointer<T>(packed), features, depth, static_cast<Simd>(instructions));
+      linear::simd_pack(from, to, features, depth, static_cast<Simd>(instructions));
     } else {
-      linear::amx_pack(pointer<const T>(weight), pointer<T>(packed), features, depth);
+      linear::amx_pack(from, to, features, depth);
     }
   });
 }
 
-void linear_forward(std::uintptr_t x, std::uintptr_t packed, std::uintptr_t bias, std::uintptr_t other, std::uintptr_t y,
+void linear_forward(const Memory& x, const Memory& packed, const Memory& bias, const Memory& other, const Memory& y,
                     int64_t rows, int64_t depth, int64_t features, int post, int instructions, int num_threads) {
-  check_sizes({features, depth}, linear::kMultiple);
   check_at_least("rows", rows, 0);
+  check_multiple("depth", depth);
+  check_multiple("features", features);
   check_at_least("num_threads", num_threads, 1);
-  if (rows == 0) return;
-  check_address("x", x);
-  check_aligned("packed", packed);
-  check_aligned("y", y);
-  if (post_of(post) == linear::Post::kAdd) check_address("other", other);
+  const auto f = post_of(post);
+  const bool adds = f == linear::Post::kAdd;
   with_instructions(instructions, [&](auto element) {
     using T = decltype(element);
-    const linear::Linear<T> args{pointer<const T>(x),     pointer<const T>(packed), pointer<const T>(bias),
-                                 pointer<const T>(other), pointer<T>(y),            rows,
-                                 depth,                   features,                 post_of(post)};
+    const linear::Linear<T> args{pointer<const T>("x", x, elements_of({rows, depth})),
+                                 pointer<const T>("packed", packed, elements_of({features, depth}), kAligned),
+                                 pointer_or_null<const T>("bias", bias, features),
+                                 adds ? pointer<const T>("other", other, elements_of({rows, features})) : nullptr,
+                                 pointer<T>("y", y, elements_of({rows, features}), kAligned),
+                                 rows,
+                                 depth,
+                                 features,
+                                 f};
+    if (rows == 0) return;
     const py::gil_scoped_release release;
     if constexpr (std::is_same_v<T, float>) {
       linear::simd_forward(args, static_cast<Simd>(instructions), num_threads);
@@ -325,10 +430,15 @@ void linear_forward(std::uintptr_t x, std::uintptr_t packed, std::uintptr_t bias
   });
 }
 
-const linear::Rows* matrices_of(std::uintptr_t matrices, int64_t count) {
+void check_address(const char* name, int64_t address, int64_t multiple) {
+  if (address > 0 && address % multiple == 0) return;
+  throw std::invalid_argument(std::string(name) + " is " + std::to_string(address) +
+                              "; it must be an address that is a multiple of " + std::to_string(multiple));
+}
+
+const linear::Rows* matrices_of(const Memory& matrices, int64_t count) {
   check_at_least("count", count, 0);
-  if (count > 0) check_address("matrices", matrices);
-  const auto* rows = pointer<const linear::Rows>(matrices);
+  const auto* rows = pointer<const linear::Rows>("matrices", matrices, count);
   for (int64_t i = 0; i < count; ++i) {
     check_at_least("rows", rows[i].rows, 0);
     if (rows[i].rows == 0) continue;
@@ -336,31 +446,42 @@ const linear::Rows* matrices_of(std::uintptr_t matrices, int64_t count) {
     if (rows[i].row_bytes % 2 != 0) {
       throw std::invalid_argument("row_bytes is " + std::to_string(rows[i].row_bytes) + "; it must be even");
     }
-    for (const auto address : {rows[i].address, rows[i].ends, rows[i].checksums}) {
-      check_address("one of the addresses of a matrix", static_cast<std::uintptr_t>(address));
-    }
+    check_address("address", rows[i].address, 2);
+    check_address("ends", rows[i].ends, alignof(uint32_t));
+    check_address("checksums", rows[i].checksums, alignof(uint64_t));
   }
   return rows;
 }
 
-bool attention_forward(std::uintptr_t qkv, std::uintptr_t cu_seqlens, std::uintptr_t out, std::uintptr_t lse,
-                       int64_t rows, int64_t sequences, int64_t heads, int64_t size, int64_t max_seqlen, float scale,
-                       int instructions, int num_threads) {
+// The offsets [sequences + 1], or null where they don't fit.
+const int32_t* offsets_of(const Memory& cu_seqlens, int64_t rows, int64_t sequences, int64_t max_seqlen) {
+  check_at_least("rows", rows, 0);
+  check_at_least("sequences", sequences, 0);
+  const auto* offsets = pointer<const int32_t>("cu_seqlens", cu_seqlens, sequences + 1);
+  return ascends(offsets, rows, sequences, max_seqlen) ? offsets : nullptr;
+}
+
+bool attention_forward(const Memory& qkv, const Memory& cu_seqlens, const Memory& out, const Memory& lse, int64_t rows,
+                       int64_t sequences, int64_t heads, int64_t size, int64_t max_seqlen, float scale, int instructions,
+                       int num_threads) {
   check_at_least("heads", heads, 0);
   check_at_least("size", size, 1);
+  check_finite("scale", scale);
   check_at_least("num_threads", num_threads, 1);
   return with_instructions(instructions, [&](auto element) {
     using T = decltype(element);
-    const bool fits = ascends(cu_seqlens, rows, sequences, max_seqlen);
-    if (!fits || rows == 0 || heads == 0) return fits;
-    check_address("qkv", qkv);
-    check_address("out", out);
-    check_address("lse", lse);
-    const attention::Packed<T> args{pointer<const T>(qkv), pointer<const int32_t>(cu_seqlens),
-                                    pointer<T>(out),       pointer<float>(lse),
-                                    rows,                  sequences,
-                                    heads,                 size,
+    const auto* offsets = offsets_of(cu_seqlens, rows, sequences, max_seqlen);
+    const attention::Packed<T> args{pointer<const T>("qkv", qkv, elements_of({rows, 3, heads, size})),
+                                    offsets,
+                                    pointer<T>("out", out, elements_of({rows, heads, size})),
+                                    pointer<float>("lse", lse, elements_of({heads, rows})),
+                                    rows,
+                                    sequences,
+                                    heads,
+                                    size,
                                     scale};
+    if (offsets == nullptr) return false;
+    if (rows == 0 || heads == 0) return true;
     const py::gil_scoped_release release;
     if constexpr (std::is_same_v<T, float>) {
       attention::simd_forward(args, static_cast<Simd>(instructions), num_threads);
@@ -371,52 +492,62 @@ bool attention_forward(std::uintptr_t qkv, std::uintptr_t cu_seqlens, std::uintp
   });
 }
 
-bool encoder_layer_forward(std::uintptr_t x, std::uintptr_t y, std::uintptr_t cu_seqlens,
-                           const std::array<std::uintptr_t, 8>& weights, const std::array<std::uintptr_t, 4>& norms,
-                           bool float_norms, const std::array<float, 2>& eps, int gelu, std::uintptr_t scratch,
-                           std::uintptr_t lse, int64_t rows, int64_t sequences, int64_t max_seqlen, int64_t heads,
+bool encoder_layer_forward(const Memory& x, const Memory& y, const Memory& cu_seqlens,
+                           const std::array<Memory, 8>& weights, const std::array<Memory, 4>& norms, bool float_norms,
+                           const std::array<float, 2>& eps, int gelu, const Memory& scratch, const Memory& lse,
+                           int64_t rows, int64_t sequences, int64_t max_seqlen, int64_t heads, int64_t head_size,
                            int64_t hidden, int64_t features, float scale, int instructions, int num_threads) {
-  check_sizes({hidden, features}, linear::kMultiple);
+  check_multiple("hidden", hidden);
+  check_multiple("features", features);
   check_at_least("heads", heads, 1);
+  check_at_least("head_size", head_size, 1);
+  if (elements_of({heads, head_size}) != hidden) {
+    throw std::invalid_argument(std::to_string(heads) + " heads of size " + std::to_string(head_size) +
+                                " are not the " + std::to_string(hidden) + " of hidden");
+  }
+  check_finite("scale", scale);
+  for (const float one : eps) check_eps(one);
   check_at_least("num_threads", num_threads, 1);
-  if (hidden % heads != 0) throw std::invalid_argument("hidden is no multiple of heads");
-  const auto post = post_of(gelu, linear::Post::kGeluTanh);
-  if (post == linear::Post::kNone) throw std::invalid_argument("gelu may be POST_GELU_ERF or POST_GELU_TANH");
+  const auto f = gelu_of(gelu);
   return with_instructions(instructions, [&](auto element) {
     using T = decltype(element);
-    const bool fits = ascends(cu_seqlens, rows, sequences, max_seqlen);
-    if (!fits || rows == 0) return fits;
-    for (const auto address : {x, lse, norms[0], norms[1], norms[2], norms[3]}) {
-      check_address("one of the arguments", address);
-    }
-    for (const auto address : {y, scratch, weights[0], weights[2], weights[4], weights[6]}) {
-      check_aligned("one of the arguments", address);
-    }
-    const auto linear_of = [&](size_t i) {
-      return encoder_layer::Weights<T>{pointer<const T>(weights[2 * i]), pointer<const T>(weights[2 * i + 1])};
+    const auto* offsets = offsets_of(cu_seqlens, rows, sequences, max_seqlen);
+    const auto name = [](const char* list, size_t i) { return list + ("[" + std::to_string(i) + "]"); };
+    const auto linear_of = [&](size_t i, int64_t outputs, int64_t inputs) {
+      return encoder_layer::Weights<T>{
+          pointer<const T>(name("weights", 2 * i), weights[2 * i], elements_of({outputs, inputs}), kAligned),
+          pointer_or_null<const T>(name("weights", 2 * i + 1), weights[2 * i + 1], outputs)};
     };
     const auto norm_of = [&](size_t i) {
-      return encoder_layer::Norm{pointer<const void>(norms[2 * i]), pointer<const void>(norms[2 * i + 1]), float_norms,
-                                 eps[i]};
+      const auto parameter = [&](size_t j) -> const void* {
+        if (float_norms) return pointer<const float>(name("norms", j), norms[j], hidden);
+        return pointer<const T>(name("norms", j), norms[j], hidden);
+      };
+      return encoder_layer::Norm{parameter(2 * i), parameter(2 * i + 1), float_norms, eps[i]};
     };
-    const encoder_layer::Layer<T> layer{pointer<const T>(x),
-                                        pointer<T>(y),
-                                        pointer<const int32_t>(cu_seqlens),
-                                        linear_of(0),
-                                        linear_of(1),
-                                        linear_of(2),
-                                        linear_of(3),
-                                        norm_of(0),
-                                        norm_of(1),
-                                        post,
-                                        pointer<T>(scratch),
-                                        pointer<float>(lse),
-                                        rows,
-                                        sequences,
-                                        heads,
-                                        hidden,
-                                        features,
-                                        scale};
+    const int64_t states = elements_of({rows, hidden});
+    const int64_t columns = encoder_layer::scratch_columns(hidden, features);
+    const encoder_layer::Layer<T> layer{
+        pointer<const T>("x", x, states),
+        pointer<T>("y", y, states, kAligned),
+        offsets,
+        linear_of(0, elements_of({3, hidden}), hidden),
+        linear_of(1, hidden, hidden),
+        linear_of(2, features, hidden),
+        linear_of(3, hidden, features),
+        norm_of(0),
+        norm_of(1),
+        f,
+        pointer<T>("scratch", scratch, elements_of({rows, columns}), kAligned, Length::kOrMore),
+        pointer<float>("lse", lse, elements_of({heads, rows}), alignof(float), Length::kOrMore),
+        rows,
+        sequences,
+        heads,
+        hidden,
+        features,
+        scale};
+    if (offsets == nullptr) return false;
+    if (rows == 0) return true;
     const py::gil_scoped_release release;
     if constexpr (std::is_same_v<T, float>) {
       encoder_layer::simd_forward(layer, static_cast<Simd>(instructions), num_threads);
@@ -435,7 +566,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   using py::arg;
   namespace bdr = bias_dropout_residual;
 
-  m.doc() = "Compiled kernels of fastbert. Arguments are addresses, sizes and a stream handle; 0 is a null address.";
+  m.doc() =
+      "Compiled kernels of fastbert. Arguments are the memory of tensors, (address, bytes) or None, sizes, and a stream "
+      "handle. The bytes are compared with the sizes.";
   m.attr("FLOAT32") = static_cast<int>(DType::kFloat32);
   m.attr("FLOAT16") = static_cast<int>(DType::kFloat16);
   m.attr("BFLOAT16") = static_cast<int>(DType::kBFloat16);
@@ -448,20 +581,20 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "The 16-bit draws of elements start .. start + count - 1 of a hidden state, as native uint16 bytes.");
 
   m.def("attention_dropout_host",
-        [](std::uintptr_t probabilities, int64_t first_sequence, int64_t sequences, int64_t heads, int64_t queries,
-           int64_t keys, std::uintptr_t seed, int64_t threshold, float scale, int num_threads) {
+        [](const Memory& probabilities, int64_t first_sequence, int64_t sequences, int64_t heads, int64_t queries,
+           int64_t keys, const Memory& seed, int64_t threshold, float scale, int num_threads) {
           check_at_least("first_sequence", first_sequence, 0);
           check_at_least("sequences", sequences, 0);
           check_at_least("heads", heads, 0);
           check_at_least("queries", queries, 0);
           check_at_least("keys", keys, 0);
           check_at_least("num_threads", num_threads, 1);
-          if (sequences == 0 || heads == 0 || queries == 0 || keys == 0) return;
-          check_address("probabilities", probabilities);
+          const int64_t elements = elements_of({sequences, heads, queries, keys});
+          auto* values = pointer<float>("probabilities", probabilities, elements);
           const auto dropout = make_dropout(seed, threshold, scale);
-          if (dropout.threshold == kKeepAll) return;
+          if (elements == 0 || dropout.threshold == kKeepAll) return;
           const py::gil_scoped_release release;
-          attention::dropout_host({pointer<float>(probabilities), first_sequence, sequences, heads, queries, keys,
+          attention::dropout_host({values, first_sequence, sequences, heads, queries, keys,
                                    *dropout.seed, dropout.threshold, dropout.scale},
                                   num_threads);
         },
@@ -469,6 +602,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         arg("seed"), arg("threshold"), arg("scale"), arg("num_threads"),
         "probabilities [sequences, heads, queries, keys], float32, *= scale * mask, in place.");
 
+  m.def("processor", &processor_words, "The words of CPUID that tell what this processor can do, and its XCR0.");
+  m.def("instructions_of", &instructions_of, py::kw_only(), arg("leaf1_ecx"), arg("leaf7_ebx"), arg("leaf7_edx"),
+        arg("leaf7_1_eax"), arg("extended1_ecx"), arg("xcr0"),
+        "Whether a processor that tells this can run the kernels for AVX2, AVX512 and AMX, by their names.");
   m.def("amx_missing", &amx_missing, "Why the kernels for AMX can't run, or None.");
   m.attr("AVX2") = static_cast<int>(Simd::kV3);
   m.attr("AVX512") = static_cast<int>(Simd::kV4);
@@ -494,7 +631,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.attr("CHECKSUM_TURNS") = linear::kTurns;
   m.def("checksums_remember",
-        [](std::uintptr_t matrices, int64_t count) {
+        [](const Memory& matrices, int64_t count) {
           const auto* rows = matrices_of(matrices, count);
           const py::gil_scoped_release release;
           for (int64_t i = 0; i < count; ++i) linear::remember(rows[i]);
@@ -503,7 +640,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         "matrices is int64 [count, 5]: address, rows, bytes of a row, and the addresses of one uint32 and one uint64 for "
         "each row, which are filled.");
   m.def("checksums_unchanged",
-        [](std::uintptr_t matrices, int64_t count, int64_t turn, int num_threads) {
+        [](const Memory& matrices, int64_t count, int64_t turn, int num_threads) {
           check_at_least("turn", turn, 0);
           check_at_least("num_threads", num_threads, 1);
           const auto* rows = matrices_of(matrices, count);
@@ -516,14 +653,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("encoder_layer_scratch",
         [](int64_t hidden, int64_t features) {
-          check_sizes({hidden, features}, linear::kMultiple);
+          check_multiple("hidden", hidden);
+          check_multiple("features", features);
           return encoder_layer::scratch_columns(hidden, features);
         },
         arg("hidden"), arg("features"), "The number of elements of scratch that a row needs.");
-  m.def("encoder_layer_forward", &encoder_layer_forward, arg("x"), arg("y"), arg("cu_seqlens"), arg("weights"),
+  m.def("encoder_layer_forward", &encoder_layer_forward, py::kw_only(), arg("x"), arg("y"), arg("cu_seqlens"), arg("weights"),
         arg("norms"), arg("float_norms"), arg("eps"), arg("gelu"), arg("scratch"), arg("lse"), arg("rows"),
-        arg("sequences"), arg("max_seqlen"), arg("heads"), arg("hidden"), arg("features"), arg("scale"),
-        arg("instructions"), arg("num_threads"),
+        arg("sequences"), arg("max_seqlen"), arg("heads"), arg("head_size"), arg("hidden"), arg("features"),
+        arg("scale"), arg("instructions"), arg("num_threads"),
         "y [rows, hidden] of x through an encoder layer without dropout, in the dtype of linear_pack; weights are the "
         "packed weight and the bias of query, key and value, of attention's output, and of the two layers after it; norms "
         "weight and bias. False and nothing computed when cu_seqlens doesn't ascend as attention_forward wants it.");
@@ -536,8 +674,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         arg("rows"), arg("cols"), "The number of floats of scratch that the backward needs for dbias.");
 
   m.def("bias_dropout_residual_forward_host",
-        [](std::uintptr_t x, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t out, int64_t rows,
-           int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, int num_threads) {
+        [](const Memory& x, const Memory& bias, const Memory& residual, const Memory& out, int64_t rows, int64_t cols,
+           int dtype, const Memory& seed, int64_t threshold, float scale, int num_threads) {
           check_at_least("num_threads", num_threads, 1);
           run_forward(x, bias, residual, out, rows, cols, dtype, seed, threshold, scale,
                       [=](const auto& args) { bdr::forward_host(args, num_threads); });
@@ -545,15 +683,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         arg("x"), arg("bias"), arg("residual"), arg("out"), arg("rows"), arg("cols"), arg("dtype"), arg("seed"),
         arg("threshold"), arg("scale"), arg("num_threads"), "out = residual + scale * mask * (x + bias).");
   m.def("bias_dropout_residual_backward_host",
-        [](std::uintptr_t dy, std::uintptr_t dx, std::uintptr_t dbias, std::uintptr_t scratch, int64_t rows,
-           int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, int num_threads) {
+        [](const Memory& dy, const Memory& dx, const Memory& dbias, const Memory& scratch, int64_t rows, int64_t cols,
+           int dtype, const Memory& seed, int64_t threshold, float scale, int num_threads) {
           check_at_least("num_threads", num_threads, 1);
           run_backward(dy, dx, dbias, scratch, rows, cols, dtype, seed, threshold, scale,
                        [=](const auto& args) { bdr::backward_host(args, num_threads); });
         },
         arg("dy"), arg("dx"), arg("dbias"), arg("scratch"), arg("rows"), arg("cols"), arg("dtype"), arg("seed"),
         arg("threshold"), arg("scale"), arg("num_threads"),
-        "dx = scale * mask * dy and dbias = its column sums; a null dx or dbias is not computed.");
+        "dx = scale * mask * dy and dbias = its column sums; no dx or dbias that is None.");
 
   m.def("bias_dropout_residual_layer_norm_backward_scratch",
         [](int64_t rows, int64_t cols) {
@@ -575,8 +713,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #if defined(FASTBERT_CUDA_VERSION)
   m.def("device_error", &bdr::device_error, "Why the current device can't run the CUDA kernels, or None.");
   m.def("bias_dropout_residual_forward_device",
-        [](std::uintptr_t x, std::uintptr_t bias, std::uintptr_t residual, std::uintptr_t out, int64_t rows,
-           int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, std::uintptr_t stream) {
+        [](const Memory& x, const Memory& bias, const Memory& residual, const Memory& out, int64_t rows, int64_t cols,
+           int dtype, const Memory& seed, int64_t threshold, float scale, std::uintptr_t stream) {
           run_forward(x, bias, residual, out, rows, cols, dtype, seed, threshold, scale,
                       [=](const auto& args) { bdr::forward_device(args, pointer<void>(stream)); });
         },
@@ -584,14 +722,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         arg("threshold"), arg("scale"), arg("stream"),
         "out = residual + scale * mask * (x + bias) on the current device; seed is an address in its memory.");
   m.def("bias_dropout_residual_backward_device",
-        [](std::uintptr_t dy, std::uintptr_t dx, std::uintptr_t dbias, std::uintptr_t scratch, int64_t rows,
-           int64_t cols, int dtype, std::uintptr_t seed, int64_t threshold, float scale, std::uintptr_t stream) {
+        [](const Memory& dy, const Memory& dx, const Memory& dbias, const Memory& scratch, int64_t rows, int64_t cols,
+           int dtype, const Memory& seed, int64_t threshold, float scale, std::uintptr_t stream) {
           run_backward(dy, dx, dbias, scratch, rows, cols, dtype, seed, threshold, scale,
                        [=](const auto& args) { bdr::backward_device(args, pointer<void>(stream)); });
         },
         arg("dy"), arg("dx"), arg("dbias"), arg("scratch"), arg("rows"), arg("cols"), arg("dtype"), arg("seed"),
         arg("threshold"), arg("scale"), arg("stream"),
-        "dx = scale * mask * dy and dbias = its column sums on the current device; a null dx or dbias is not computed.");
+        "dx = scale * mask * dy and dbias = its column sums on the current device; no dx or dbias that is None.");
   bind_bias_dropout_residual_layer_norm<std::uintptr_t>(
       m, "device", "stream",
       [](const auto& args, std::uintptr_t stream) {

@@ -1,14 +1,12 @@
 #include "amx.h"
 
-#include "../common/amx.h"
-
 #include <algorithm>
-#include <cstdlib>
+#include <array>
 #include <limits>
-#include <memory>
-#include <new>
 #include <numeric>
-#include <vector>
+
+#include "../common/aligned_array.h"
+#include "../common/amx.h"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -34,31 +32,22 @@ struct Scratch {
   float* out;               // [16, size]
 };
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
+// The bytes of each part of a thread's scratch.
+std::array<int64_t, 6> scratch_bytes(int64_t keys, int64_t size) {
+  return {keys * size * 2, keys * size * 2, kTile * size * 2, kTile * keys * 4, kTile * keys * 2, kTile * size * 4};
+}
 
-class Memory {
- public:
-  Memory(int64_t keys, int64_t size) {
-    const int64_t sizes[] = {keys * size * 2, keys * size * 2, kTile * size * 2,
-                             kTile * keys * 4, kTile * keys * 2, kTile * size * 4};
-    memory_.reset(std::aligned_alloc(64, round_up(std::accumulate(sizes, sizes + 6, int64_t{0}), 64)));
-    if (memory_ == nullptr) throw std::bad_alloc();
-    auto* next = static_cast<char*>(memory_.get());
-    void* parts[6];
-    for (int part = 0; part < 6; ++part) {
-      parts[part] = next;
-      next += sizes[part];
-    }
-    scratch = {static_cast<uint16_t*>(parts[0]), static_cast<uint16_t*>(parts[1]), static_cast<uint16_t*>(parts[2]),
-               static_cast<float*>(parts[3]),    static_cast<uint16_t*>(parts[4]), static_cast<float*>(parts[5])};
+Scratch divide(char* memory, int64_t keys, int64_t size) {
+  std::array<char*, 6> parts;
+  const auto bytes = scratch_bytes(keys, size);
+  for (size_t part = 0; part < parts.size(); ++part) {
+    parts[part] = memory;
+    memory += bytes[part];
   }
-  Scratch scratch;
-
- private:
-  std::unique_ptr<void, Free> memory_;
-};
+  const auto words = [&](size_t part) { return reinterpret_cast<uint16_t*>(parts[part]); };
+  const auto floats = [&](size_t part) { return reinterpret_cast<float*>(parts[part]); };
+  return {words(0), words(1), words(2), floats(3), words(4), floats(5)};
+}
 
 FASTBERT_AMX void pack_keys(const uint16_t* k, int64_t stride, int64_t length, int64_t size, uint16_t* tiles) {
   for (int64_t first = 0; first < round_up(length, kDepth); first += kTile) {
@@ -258,15 +247,16 @@ void amx_forward(const Packed<uint16_t>& args, int num_threads) {
   const int threads = static_cast<int>(std::clamp<int64_t>(items, 1, num_threads));
   // A thread takes the heads of a sequence one after the other, unless there are too few sequences for that.
   [[maybe_unused]] const int64_t run = args.sequences >= 2 * threads ? args.heads : 1;
-  std::vector<Memory> memory;
-  memory.reserve(threads);
-  for (int i = 0; i < threads; ++i) memory.emplace_back(round_up(longest, kDepth), round_up(args.size, kDepth));
+  const int64_t keys = round_up(longest, kDepth), size = round_up(args.size, kDepth);
+  const auto parts = scratch_bytes(keys, size);
+  const int64_t bytes = whole_lines<char>(std::accumulate(parts.begin(), parts.end(), int64_t{0}));
+  const AlignedArray<char> memory = aligned_array<char>(threads * bytes);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #if defined(_OPENMP)
-    const Scratch& scratch = memory[omp_get_thread_num()].scratch;
+    const Scratch scratch = divide(memory.get() + omp_get_thread_num() * bytes, keys, size);
 #else
-    const Scratch& scratch = memory[0].scratch;
+    const Scratch scratch = divide(memory.get(), keys, size);
 #endif
 #pragma omp for schedule(dynamic, run)
     for (int64_t item = 0; item < items; ++item) {

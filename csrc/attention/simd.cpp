@@ -5,6 +5,8 @@
 #include <cmath>
 #include <utility>
 
+#include "../common/aligned_array.h"
+
 #if defined(_OPENMP)
 #include <omp.h>
 #endif
@@ -40,7 +42,7 @@ void simd_forward(const Packed<float>& args, Simd simd, int num_threads) {
   // A thread takes the heads of a sequence one after the other, unless there are too few sequences for that.
   [[maybe_unused]] const int64_t run = args.sequences >= 2 * threads ? args.heads : 1;
   const int64_t floats = wide ? v4::scratch_floats(longest, args.size) : v3::scratch_floats(longest, args.size);
-  const AlignedFloats memory = aligned_floats(threads * floats);
+  const AlignedArray<float> memory = aligned_array<float>(threads * floats);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
 #if defined(_OPENMP)

@@ -80,7 +80,7 @@ FASTBERT_SIMD void pack_head(const Packed<float>& args, const float* k, int64_t 
   for (int64_t column = 0; column < padded(args.size); column += kLanes) {
     float* to = s.values + column / kFeatures * length * kFeatures + column % kFeatures;
     for (int64_t key = 0; key < length; ++key, to += kFeatures) {
-      store(to, load_part(v + key * stride + column, args.size - column));
+      store(to, column < args.size ? load_part(v + key * stride + column, args.size - column) : Vector{});
     }
   }
 }

@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <cstdint>
-#include <vector>
 
+#include "../common/aligned_array.h"
 #include "../common/philox_host.h"
 #include "bias_dropout_residual.h"
 
@@ -38,9 +38,10 @@ FASTBERT_CLONES void forward_chunk(const Forward<T>& args, int64_t begin, int64_
     } else {
       for (int64_t i = 0; i < count;) {
         const int64_t stop = std::min(count, i + args.cols - column);
-        const T* bias = args.bias + column - i;
+        const T* bias = args.bias + column;
+        const int64_t first = i;
         column += stop - i;
-        for (; i < stop; ++i) hidden[i] = to_float(x[i]) + to_float(bias[i]);
+        for (; i < stop; ++i) hidden[i] = to_float(x[i]) + to_float(bias[i - first]);
         column = column == args.cols ? 0 : column;
       }
     }
@@ -80,28 +81,28 @@ FASTBERT_CLONES void backward_rows(const Backward<T>& args, int64_t first_row, i
     if (sums != nullptr) {
       for (int64_t i = 0; i < count;) {
         const int64_t stop = std::min(count, i + args.cols - column);
-        float* sum = sums + column - i;
+        float* sum = sums + column;
+        const int64_t first = i;
         column += stop - i;
-        for (; i < stop; ++i) sum[i] += gradient[i];
+        for (; i < stop; ++i) sum[i - first] += gradient[i];
         column = column == args.cols ? 0 : column;
       }
     }
   }
 }
 
-// The rows of one partial, and the partial.
+// The rows of one partial, and the partial; sums [cols] is what it works in, or null where there is no dbias.
 template <typename T>
-void backward_partial(const Backward<T>& args, int64_t block) {
+void backward_partial(const Backward<T>& args, int64_t block, float* sums) {
   const int64_t first_row = block * kRowsPerPartial;
   const int64_t last_row = std::min(args.rows, first_row + kRowsPerPartial);
   if (args.dbias == nullptr) return backward_rows(args, first_row, last_row, nullptr);
 
   float* partial = args.scratch + block * args.cols;
   std::fill_n(partial, args.cols, 0.0f);
-  std::vector<float> sums(args.cols);
   for (int64_t row = first_row; row < last_row; row += kRowsPerSum) {
-    std::fill(sums.begin(), sums.end(), 0.0f);
-    backward_rows(args, row, std::min(last_row, row + kRowsPerSum), sums.data());
+    std::fill_n(sums, args.cols, 0.0f);
+    backward_rows(args, row, std::min(last_row, row + kRowsPerSum), sums);
     for (int64_t column = 0; column < args.cols; ++column) partial[column] += sums[column];
   }
 }
@@ -135,10 +136,14 @@ void forward_host(const Forward<T>& args, int num_threads) {
 template <typename T>
 void backward_host(const Backward<T>& args, int num_threads) {
   const int64_t blocks = args.cols == 0 ? 0 : partials(args.rows);
-  [[maybe_unused]] const int threads = useful_threads(args.rows * args.cols, num_threads);
+  const int threads = useful_threads(args.rows * args.cols, num_threads);
+  const int64_t floats = args.dbias == nullptr ? 0 : whole_lines<float>(args.cols);
+  const AlignedArray<float> sums = aligned_array<float>(threads * floats);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-  for (int64_t block = 0; block < blocks; ++block) {
-    backward_partial(args, block);
+  for (int part = 0; part < threads; ++part) {
+    for (int64_t block = blocks * part / threads; block < blocks * (part + 1) / threads; ++block) {
+      backward_partial(args, block, sums.get() + part * floats);
+    }
   }
   if (args.dbias == nullptr) return;
   for (int64_t begin = 0; begin < args.cols; begin += kTile) {

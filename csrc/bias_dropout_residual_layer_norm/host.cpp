@@ -1,9 +1,8 @@
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <memory>
 #include <vector>
 
+#include "../common/aligned_array.h"
 #include "../common/philox_host.h"
 #include "bias_dropout_residual_layer_norm.h"
 
@@ -37,25 +36,50 @@ FASTBERT_HD float sum(int64_t count, Term&& term) {
 // The keep mask of one row as draws: keep where draws[column] < threshold.
 class RowDraws {
  public:
-  RowDraws(const Dropout& dropout, int64_t cols)
-      : cols_(cols), drops_(dropout.threshold != kKeepAll), seed_(drops_ ? static_cast<uint64_t>(*dropout.seed) : 0) {
-    if (drops_) draws_.resize((cols + kDrawsPerCall + kDrawsPerRun - 1) / kDrawsPerRun * kDrawsPerRun);
+  // The number of draws that there must be room for.
+  static int64_t room(const Dropout& dropout, int64_t cols) {
+    if (dropout.threshold == kKeepAll) return 0;
+    return (cols + kDrawsPerCall + kDrawsPerRun - 1) / kDrawsPerRun * kDrawsPerRun;
   }
+
+  RowDraws(const Dropout& dropout, int64_t cols, uint16_t* draws)
+      : cols_(cols),
+        drops_(dropout.threshold != kKeepAll),
+        seed_(drops_ ? static_cast<uint64_t>(*dropout.seed) : 0),
+        draws_(draws) {}
 
   bool drops() const { return drops_; }
 
   FASTBERT_HD const uint16_t* of(int64_t row) {
     const int64_t first = row * cols_;
     const int64_t skip = first % kDrawsPerCall;
-    hidden_draws(seed_, first / kDrawsPerCall, skip + cols_, draws_.data());
-    return draws_.data() + skip;
+    hidden_draws(seed_, first / kDrawsPerCall, skip + cols_, draws_);
+    return draws_ + skip;
   }
 
  private:
   int64_t cols_;
   bool drops_;
   uint64_t seed_;
-  std::vector<uint16_t> draws_;
+  uint16_t* draws_;
+};
+
+// What the threads work in: `floats` floats each, and the draws of one row.
+class Scratch {
+ public:
+  Scratch(int threads, int64_t floats, const Dropout& dropout, int64_t cols)
+      : floats_each_(whole_lines<float>(floats)),
+        draws_each_(whole_lines<uint16_t>(RowDraws::room(dropout, cols))),
+        floats_(aligned_array<float>(threads * floats_each_)),
+        draws_(aligned_array<uint16_t>(threads * draws_each_)) {}
+
+  float* floats(int thread) const { return floats_.get() + thread * floats_each_; }
+  uint16_t* draws(int thread) const { return draws_.get() + thread * draws_each_; }
+
+ private:
+  int64_t floats_each_, draws_each_;
+  AlignedArray<float> floats_;
+  AlignedArray<uint16_t> draws_;
 };
 
 // The parameters [cols] of the LayerNorm in float; the caller's own where they are.
@@ -68,16 +92,14 @@ const float* in_float(const void* parameter, bool is_float, int64_t cols, std::v
   return storage.data();
 }
 
+// Rows first_row .. last_row - 1; hidden [cols] is what it works in.
 template <typename T>
 FASTBERT_CLONES void forward_rows(const Forward<T>& args, const float* weight, const float* ln_bias, int64_t first_row,
-                                  int64_t last_row) {
+                                  int64_t last_row, RowDraws row_draws, float* __restrict hidden) {
   const int64_t cols = args.cols;
   const float scale = args.dropout.scale;
   const auto threshold = static_cast<uint16_t>(args.dropout.threshold);
-  RowDraws row_draws(args.dropout, cols);
   const bool drops = row_draws.drops();
-  const std::unique_ptr<float[]> storage(new float[cols]);
-  float* __restrict hidden = storage.get();
 
   for (int64_t row = first_row; row < last_row; ++row) {
     const T* x = args.x + row * cols;
@@ -98,7 +120,9 @@ FASTBERT_CLONES void forward_rows(const Forward<T>& args, const float* weight, c
       for (int64_t i = 0; i < cols; ++i) saved[i] = from_float<T>(hidden[i]);
     }
 
-    const float mean = sum(cols, [=](int64_t i) { return hidden[i]; }) / static_cast<float>(cols);
+    // Around one of them, so that the mean of equal elements is what they are: their deviation is then 0, not a rounding.
+    const float first = hidden[0];
+    const float mean = first + sum(cols, [=](int64_t i) { return hidden[i] - first; }) / static_cast<float>(cols);
     const float variance = sum(cols, [=](int64_t i) { return (hidden[i] - mean) * (hidden[i] - mean); }) /
                            static_cast<float>(cols);
     const float rstd = reciprocal_deviation(variance, args.eps);
@@ -160,26 +184,31 @@ FASTBERT_CLONES void backward_rows(const Backward<T>& args, const float* __restr
   }
 }
 
-// Partials first .. last - 1 and their rows.
+// What backward_partials works in: dy, g and xhat, a line further apart than their size, lest they share the sets of a
+// cache; then the sums [kSums, cols] of some rows, and those of a partial.
+int64_t row_stride(int64_t cols) { return whole_lines<float>(cols) + kLineBytes / static_cast<int64_t>(sizeof(float)); }
+
+int64_t backward_floats(int64_t cols) { return 3 * row_stride(cols) + 2 * kSums * cols; }
+
+// Partials first .. last - 1 and their rows, in backward_floats(cols) of memory.
 template <typename T>
-void backward_partials(const Backward<T>& args, const float* weight, int64_t first, int64_t last) {
+void backward_partials(const Backward<T>& args, const float* weight, int64_t first, int64_t last, RowDraws row_draws,
+                       float* memory) {
   const int64_t rows = rows_per_partial(args.rows);
-  RowDraws row_draws(args.dropout, args.cols);
-  const std::unique_ptr<float[]> dy(new float[args.cols]);
-  const std::unique_ptr<float[]> g(new float[args.cols]);
-  const std::unique_ptr<float[]> xhat(new float[args.cols]);
-  std::vector<float> sums(kSums * args.cols);
-  std::vector<float> partial(kSums * args.cols);
+  const int64_t stride = row_stride(args.cols);
+  const int64_t count = kSums * args.cols;
+  float* const sums = memory + 3 * stride;
+  float* const partial = sums + count;
   for (int64_t block = first; block < last; ++block) {
     const int64_t end = std::min(args.rows, (block + 1) * rows);
-    std::fill(partial.begin(), partial.end(), 0.0f);
+    std::fill_n(partial, count, 0.0f);
     for (int64_t row = block * rows; row < end; row += kRowsPerSum) {
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      backward_rows(args, weight, row, std::min(end, row + kRowsPerSum), row_draws, dy.get(), g.get(),
-                    xhat.get(), sums.data());
-      for (size_t i = 0; i < sums.size(); ++i) partial[i] += sums[i];
+      std::fill_n(sums, count, 0.0f);
+      backward_rows(args, weight, row, std::min(end, row + kRowsPerSum), row_draws, memory, memory + stride,
+                    memory + 2 * stride, sums);
+      for (int64_t i = 0; i < count; ++i) partial[i] += sums[i];
     }
-    if (args.scratch != nullptr) std::copy(partial.begin(), partial.end(), args.scratch + block * kSums * args.cols);
+    if (args.scratch != nullptr) std::copy_n(partial, count, args.scratch + block * count);
   }
 }
 
@@ -212,9 +241,11 @@ void forward_host(const Forward<T>& args, int num_threads) {
   const float* weight = in_float<T>(args.weight, args.float_parameters, args.cols, storage[0]);
   const float* ln_bias = in_float<T>(args.ln_bias, args.float_parameters, args.cols, storage[1]);
   const int threads = useful_threads(args.rows * args.cols, num_threads);
+  const Scratch scratch(threads, args.cols, args.dropout, args.cols);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int part = 0; part < threads; ++part) {
-    forward_rows(args, weight, ln_bias, args.rows * part / threads, args.rows * (part + 1) / threads);
+    forward_rows(args, weight, ln_bias, args.rows * part / threads, args.rows * (part + 1) / threads,
+                 RowDraws(args.dropout, args.cols, scratch.draws(part)), scratch.floats(part));
   }
 }
 
@@ -224,9 +255,11 @@ void backward_host(const Backward<T>& args, int num_threads) {
   const float* weight = in_float<T>(args.weight, args.float_parameters, args.cols, storage);
   const int64_t count = partials(args.rows);
   const int threads = useful_threads(args.rows * args.cols, num_threads);
+  const Scratch scratch(threads, backward_floats(args.cols), args.dropout, args.cols);
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
   for (int part = 0; part < threads; ++part) {
-    backward_partials(args, weight, count * part / threads, count * (part + 1) / threads);
+    backward_partials(args, weight, count * part / threads, count * (part + 1) / threads,
+                      RowDraws(args.dropout, args.cols, scratch.draws(part)), scratch.floats(part));
   }
   add_all_partials<T>(args.scratch, count, args.cols, 0, args.dbias);
   void* const parameters[] = {args.dweight, args.dln_bias};

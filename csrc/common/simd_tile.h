@@ -59,11 +59,14 @@ FASTBERT_SIMD_INLINE void add_products(const float* x, const float* weight, Vect
 }
 
 // Memory to ask for ahead of its use: at every fourth term `lines` lines, `jump` bytes from one to the next; then
-// `first` moves on by `advance`.
+// `first` moves on by `advance`. Addresses are numbers here: they may pass the end of what there is, where a pointer may
+// not.
 struct Ahead {
-  const char* first;
+  uintptr_t first;
   int64_t lines, jump, advance;
 };
+
+FASTBERT_SIMD_INLINE void ask_for(uintptr_t address) { __builtin_prefetch(reinterpret_cast<const void*>(address), 0, 2); }
 
 // y [kCount, kFeatures] = start + x W, or y += x W where start is null. x [kCount, terms] has rows kStride apart,
 // weight is [terms, kFeatures].
@@ -79,8 +82,8 @@ FASTBERT_SIMD void tile(const float* x, const float* weight, int64_t terms, cons
     Vector sums[kCount][2] = {};
     const int64_t end = k + kSum < terms ? k + kSum : terms;
     for (; k + 4 <= end; k += 4) {
-      for (int64_t i = 0; i < ahead.lines; ++i) __builtin_prefetch(ahead.first + i * ahead.jump, 0, 2);
-      ahead.first += ahead.advance;
+      for (int64_t i = 0; i < ahead.lines; ++i) ask_for(ahead.first + static_cast<uintptr_t>(i * ahead.jump));
+      ahead.first += static_cast<uintptr_t>(ahead.advance);
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) add_products<kCount>(x + k + i, weight + (k + i) * kFeatures, sums);
     }

@@ -1,11 +1,9 @@
 #include "amx.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
-#include <new>
 #include <utility>
 
+#include "../common/aligned_array.h"
 #include "../common/amx.h"
 
 namespace fastbert::linear {
@@ -79,11 +77,11 @@ FASTBERT_AMX_INLINE __m512 widen(const uint16_t* from) {
 // 32 rows of x from row on as tiles A, [depth / 32][2]; rows that don't exist are zero.
 FASTBERT_AMX_INLINE void pack_rows(const Args& args, int64_t row, uint16_t* panel) {
   for (int64_t i = 0; i < kPanel; ++i) {
-    const uint16_t* from = args.x + (row + i) * args.depth;
-    uint16_t* to = panel + i * kDepth;
-    for (int64_t k = 0; k < args.depth; k += kDepth, to += kStep) {
-      const __m512i part = row + i < args.rows ? _mm512_loadu_si512(from + k) : _mm512_setzero_si512();
-      _mm512_store_si512(to, part);
+    const bool exists = row + i < args.rows;
+    const uint16_t* from = exists ? args.x + (row + i) * args.depth : nullptr;
+    for (int64_t k = 0; k < args.depth; k += kDepth) {
+      const __m512i part = exists ? _mm512_loadu_si512(from + k) : _mm512_setzero_si512();
+      _mm512_store_si512(panel + i * kDepth + k / kDepth * kStep, part);
     }
   }
 }
@@ -170,7 +168,8 @@ FASTBERT_AMX_INLINE void pass(const Args& args, int64_t row, int64_t panels, int
     for (int64_t k = 0; k < args.depth; k += kChunk) {
       const uint16_t* weight = args.weight + feature * args.depth + k * kPanel;
       const int64_t terms = std::min(kChunk, args.depth - k);
-      const uint16_t* next = weight + terms * kPanel;
+      // A number: it may pass the end of the weight, where a pointer may not.
+      auto next = reinterpret_cast<uintptr_t>(weight + terms * kPanel);
       for (int64_t panel = 0; panel < panels; ++panel) {
         if (k == 0) {
           zero_sums();
@@ -180,9 +179,9 @@ FASTBERT_AMX_INLINE void pass(const Args& args, int64_t row, int64_t panels, int
         for (int64_t term = 0; term < terms; term += kDepth) {
           add_products(x + (panel * args.depth + k + term) * kPanel, weight + term * kPanel);
           for (int64_t line = 0; line < ahead; line += kDepth) {
-            _mm_prefetch(reinterpret_cast<const char*>(next + line), _MM_HINT_T1);
+            _mm_prefetch(reinterpret_cast<const char*>(next + static_cast<uintptr_t>(line) * 2), _MM_HINT_T1);
           }
-          next += ahead;
+          next += static_cast<uintptr_t>(ahead) * 2;
           if (feature > first_feature) {
             finish<kPost>(args, waiting + panel * kBlock, row + panel * kPanel, feature - kPanel,
                           (k + term) * kPanel / args.depth, (k + term + kDepth) * kPanel / args.depth);
@@ -217,10 +216,6 @@ FASTBERT_AMX void compute(const Args& args, int64_t first_panel, int64_t last_pa
 
 using Compute = void (*)(const Args&, int64_t, int64_t, int64_t, int64_t, float*);
 
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
 }  // namespace
 
 FASTBERT_AMX void amx_pack(const uint16_t* weight, uint16_t* packed, int64_t features, int64_t depth) {
@@ -249,10 +244,8 @@ void amx_forward(const Args& args, int num_threads) {
   const int64_t down = std::clamp<int64_t>(row_panels / kOwnPanels, 1, num_threads);
   const int64_t across = std::clamp<int64_t>(num_threads / down, 1, feature_panels);
   const int64_t threads = across * down;
-  const int64_t floats = round_up(scratch_floats(args), 16);
-  const std::unique_ptr<float, Free> memory(
-      static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(threads * floats) * sizeof(float))));
-  if (memory == nullptr) throw std::bad_alloc();
+  const int64_t floats = whole_lines<float>(scratch_floats(args));
+  const AlignedArray<float> memory = aligned_array<float>(threads * floats);
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
   for (int64_t thread = 0; thread < threads; ++thread) {
     const int64_t i = thread / across;

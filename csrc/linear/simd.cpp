@@ -4,6 +4,8 @@
 #include <array>
 #include <utility>
 
+#include "../common/aligned_array.h"
+
 namespace fastbert::linear {
 
 #if !defined(FASTBERT_HAVE_SIMD)
@@ -41,7 +43,7 @@ void simd_forward(const Linear<float>& args, Simd simd, int num_threads) {
   const int64_t down = std::clamp<int64_t>(args.rows / kManyRows, 1, num_threads);
   const int64_t across = std::clamp<int64_t>(num_threads / down, 1, panels);
   const int64_t threads = across * down;
-  const AlignedFloats memory = aligned_floats(threads * floats);
+  const AlignedArray<float> memory = aligned_array<float>(threads * floats);
 #pragma omp parallel for schedule(static, 1) num_threads(static_cast<int>(threads)) if (threads > 1)
   for (int64_t thread = 0; thread < threads; ++thread) {
     const int64_t i = thread / across;

@@ -35,6 +35,11 @@ FASTBERT_SIMD void finish(const Linear<float>& args, int64_t row, int64_t rows, 
   }
 }
 
+// That of element i, which need not exist.
+FASTBERT_SIMD_INLINE uintptr_t address_of(const float* first, int64_t i) {
+  return reinterpret_cast<uintptr_t>(first) + static_cast<uintptr_t>(i) * sizeof(float);
+}
+
 // Rows first_row .. last_row - 1 and features first_feature .. last_feature - 1, of which there are some, in scratch
 // [kRows, kStride]. The weight passes once, block by block. Ahead of their use, the next block of it is asked for with
 // the first rows of a block, and the next rows of x with all others.
@@ -62,12 +67,13 @@ FASTBERT_SIMD void compute(const Linear<float>& args, int64_t first_row, int64_t
           const float* start = k > 0 ? nullptr : args.bias != nullptr ? args.bias + feature : kZeros;
           Ahead ahead;
           if (panel * lines_each < kFeatures / 4) {
-            const float* next = last ? args.weight + (feature + end - block) * args.depth : weight + terms * kFeatures;
-            ahead = {reinterpret_cast<const char*>(next + panel * lines_each * (terms / 4) * 16), lines_each, 64,
+            const int64_t next = last ? (feature + end - block) * args.depth
+                                      : feature * args.depth + (k + terms) * kFeatures;
+            ahead = {address_of(args.weight, next + panel * lines_each * (terms / 4) * 16), lines_each, 64,
                      64 * lines_each};
           } else {
-            const float* next = args.x + (next_row + (feature - block) / kFeatures * rows_each) * args.depth + k;
-            ahead = {reinterpret_cast<const char*>(next), rows_each, args.depth * 4, 16};
+            const int64_t next = (next_row + (feature - block) / kFeatures * rows_each) * args.depth + k;
+            ahead = {address_of(args.x, next), rows_each, args.depth * 4, 16};
           }
           kTiles[next_row - row - 1](scratch, weight, terms, start, args.y + row * args.features + feature,
                                      args.features, ahead);

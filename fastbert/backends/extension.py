@@ -94,7 +94,10 @@ def missing_simd() -> str | None:
     if module is None:
         return reason
     if not module.simd_level():
-        return "this processor has no AVX2 and FMA, or the compiler that built fastbert._C can't make use of them"
+        return (
+            "this processor lacks AVX2 or what goes with it (x86-64-v3), or the compiler that built fastbert._C can't "
+            "make use of it"
+        )
     return None
 
 
@@ -148,6 +151,16 @@ def dtype_code(dtype: torch.dtype) -> int:
     return code
 
 
-def address(tensor: Tensor | None) -> int:
-    """The address of the first element of ``tensor``; 0, the extension's null, for None."""
-    return 0 if tensor is None else tensor.data_ptr()
+def memory(tensor: Tensor | None) -> tuple[int, int] | None:
+    """The address of the first element of ``tensor`` and the bytes from there on; None for None.
+
+    Raises:
+        ValueError: ``tensor`` is not contiguous.
+    """
+    if tensor is None:
+        return None
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} has strides {tensor.stride()}; it must be contiguous"
+        )
+    return tensor.data_ptr(), tensor.nbytes

@@ -42,7 +42,10 @@ def pack(weight: Tensor) -> Tensor:
     memory = weight.new_empty(weight.numel() + _ALIGNMENT // weight.itemsize)
     start = -memory.data_ptr() % _ALIGNMENT // weight.itemsize
     packed = memory[start : start + weight.numel()].view(weight.shape)
-    extension.module().linear_pack(weight.data_ptr(), packed.data_ptr(), *weight.shape, instructions(weight.dtype))
+    features, depth = weight.shape
+    extension.module().linear_pack(
+        extension.memory(weight), extension.memory(packed), features, depth, instructions(weight.dtype)
+    )
     return packed
 
 
@@ -73,11 +76,11 @@ def _run(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, p
     if other is not None:
         checks.shape("other", other, *y.shape)
     extension.module().linear_forward(
-        x.data_ptr(),
-        weight.data_ptr(),
-        extension.address(bias),
-        extension.address(other),
-        y.data_ptr(),
+        extension.memory(x),
+        extension.memory(weight),
+        extension.memory(bias),
+        extension.memory(other),
+        extension.memory(y),
         y.numel() // features,
         depth,
         features,

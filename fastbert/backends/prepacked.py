@@ -49,13 +49,13 @@ class _Checksums:
             first += count
         self._table = torch.tensor(table)
         self._turn = 0
-        extension.module().checksums_remember(self._table.data_ptr(), len(table))
+        extension.module().checksums_remember(extension.memory(self._table), len(table))
 
     def unchanged(self) -> bool:
         """Whether the parameters are what they were, as far as can be seen at this turn."""
         self._turn += 1
         same: bool = extension.module().checksums_unchanged(
-            self._table.data_ptr(), self._table.shape[0], self._turn, torch.get_num_threads()
+            extension.memory(self._table), self._table.shape[0], self._turn, torch.get_num_threads()
         )
         return same
 

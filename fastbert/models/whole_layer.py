@@ -71,26 +71,28 @@ def forward(layer: Any, x: Tensor, packing: Packing, approximate: str, workspace
         lse = workspace["lse"] = x.new_empty(heads * rows, dtype=torch.float32)
     parameters = [p.contiguous() for norm in norms for p in (norm.weight, norm.bias)]
     x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    memory = extension.memory
     done = module.encoder_layer_forward(
-        x.data_ptr(),
-        y.data_ptr(),
-        packing.cu_seqlens.data_ptr(),
-        [address for one in packed for address in (one.weight.data_ptr(), extension.address(one.bias))],
-        [parameter.data_ptr() for parameter in parameters],
-        norms[0].weight.dtype == torch.float32,
-        [norm.eps for norm in norms],
-        module.POST_GELU_ERF if approximate == "none" else module.POST_GELU_TANH,
-        scratch.data_ptr(),
-        lse.data_ptr(),
-        rows,
-        packing.cu_seqlens.shape[0] - 1,
-        packing.max_seqlen,
-        heads,
-        hidden,
-        features,
-        attention.scaling,
-        host_linear.instructions(x.dtype),
-        torch.get_num_threads(),
+        x=memory(x),
+        y=memory(y),
+        cu_seqlens=memory(packing.cu_seqlens),
+        weights=[memory(tensor) for one in packed for tensor in (one.weight, one.bias)],
+        norms=[memory(parameter) for parameter in parameters],
+        float_norms=norms[0].weight.dtype == torch.float32,
+        eps=[norm.eps for norm in norms],
+        gelu=module.POST_GELU_ERF if approximate == "none" else module.POST_GELU_TANH,
+        scratch=memory(scratch),
+        lse=memory(lse),
+        rows=rows,
+        sequences=packing.cu_seqlens.shape[0] - 1,
+        max_seqlen=packing.max_seqlen,
+        heads=heads,
+        head_size=attention.attention_head_size,
+        hidden=hidden,
+        features=features,
+        scale=attention.scaling,
+        instructions=host_linear.instructions(x.dtype),
+        num_threads=torch.get_num_threads(),
     )
     return y if done else None
 

@@ -155,7 +155,7 @@ def test_sizes_that_the_extension_takes(dtype):
     assert chosen(64, 96) is host_linear
     assert chosen(60, 96) is onednn
     assert chosen(64, 100) is onednn
-    with pytest.raises(ValueError, match="size is 60; it must be a multiple of 32"):
+    with pytest.raises(ValueError, match="depth is 60; it may be a positive multiple of 32"):
         host_linear.pack(torch.zeros(64, 60, dtype=dtype))
 
 

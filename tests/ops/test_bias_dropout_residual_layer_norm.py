@@ -205,6 +205,28 @@ def test_constant_row_case_21(dtype, impl):
     assert gradient.isfinite().all()
 
 
+@needs_extension
+@all_dtypes
+@pytest.mark.parametrize("hidden", [5, 100, 768, 1023])
+def test_constant_rows_without_eps_are_torch_s_case_61(hidden, dtype):
+    """Torch gives NaN: 0 / 0. A mean that is off by its rounding gave numbers, as far from 0 as those of other rows."""
+    constants = torch.tensor([0.0, 1.0, 0.1, 0.3, 3.3, -7.7, 1e4]).to(dtype)
+    rows = torch.cat([constants[:, None].expand(-1, hidden), torch.randn(2, hidden).to(dtype)])
+    weight, ln_bias = torch.randn(2, hidden).to(dtype)
+    dy, zeros = torch.randn(rows.shape).to(dtype), torch.zeros_like(rows)
+
+    def all_of(function):
+        leaves = [tensor.clone().requires_grad_() for tensor in (rows, weight, ln_bias)]
+        out = function(*leaves)
+        return out.detach(), *torch.autograd.grad(out, leaves, dy)
+
+    results = all_of(lambda x, w, b: ops.bias_dropout_residual_layer_norm(zeros, None, x, w, b, 0.0, impl="cpu"))
+    expected = all_of(lambda x, w, b: torch.nn.functional.layer_norm(x, (hidden,), w, b, 0.0))
+    assert expected[0][:7].isnan().all()
+    for result, truth in zip(results, expected, strict=True):
+        assert torch.equal(result.isnan(), truth.isnan())
+
+
 def test_what_can_not_serve_case_44():
     x, row = torch.randn(2, 8), torch.randn(8)
     with pytest.raises(select.UnsupportedError, match="impl='cuda' can't serve this call: it runs on cuda"):

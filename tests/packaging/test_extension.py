@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastbert
-from fastbert.backends import extension, philox
+from fastbert.backends import extension, host_linear, philox
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 P = 0.1
@@ -18,19 +21,31 @@ C: Any = extension.load()
 if C is None:
     pytest.fail(f"the extension must be built to test it: {extension.missing()}")
 
+simd = pytest.mark.skipif(extension.missing_simd() is not None, reason=f"{extension.missing_simd()}")
+# The memory that the host kernels take, and what errors call those in lists.
+MEMORY = {
+    "linear_forward": ("x", "packed", "bias", "other", "y"),
+    "attention_forward": ("qkv", "cu_seqlens", "out", "lse"),
+    "encoder_layer_forward": (
+        *("x", "y", "cu_seqlens", "scratch", "lse"),
+        *(f"{key}/{i}" for key, count in (("weights", 8), ("norms", 4)) for i in range(count)),
+    ),
+}
+NAMES = {f"{key}/{i}": f"{key}[{i}]" for key in ("weights", "norms") for i in range(8)}
+
 
 def forward(x: Tensor, bias: Tensor | None, residual: Tensor, seed: Tensor | None, num_threads: int = 2) -> Tensor:
     p = 0.0 if seed is None else P
     out = torch.full_like(x, torch.nan)
     C.bias_dropout_residual_forward_host(
-        x=x.data_ptr(),
-        bias=extension.address(bias),
-        residual=residual.data_ptr(),
-        out=out.data_ptr(),
+        x=extension.memory(x),
+        bias=extension.memory(bias),
+        residual=extension.memory(residual),
+        out=extension.memory(out),
         rows=x.shape[0],
         cols=x.shape[1],
         dtype=extension.dtype_code(x.dtype),
-        seed=extension.address(seed),
+        seed=extension.memory(seed),
         threshold=philox.threshold(p),
         scale=philox.scale(p),
         num_threads=num_threads,
@@ -44,14 +59,14 @@ def backward(dy: Tensor, seed: Tensor | None, num_threads: int = 2) -> tuple[Ten
     dx, dbias = torch.full_like(dy, torch.nan), dy.new_full((cols,), torch.nan)
     scratch = torch.full((C.bias_dropout_residual_backward_scratch(rows, cols),), torch.nan)
     C.bias_dropout_residual_backward_host(
-        dy=dy.data_ptr(),
-        dx=dx.data_ptr(),
-        dbias=dbias.data_ptr(),
-        scratch=scratch.data_ptr(),
+        dy=extension.memory(dy),
+        dx=extension.memory(dx),
+        dbias=extension.memory(dbias),
+        scratch=extension.memory(scratch),
         rows=rows,
         cols=cols,
         dtype=extension.dtype_code(dy.dtype),
-        seed=extension.address(seed),
+        seed=extension.memory(seed),
         threshold=philox.threshold(p),
         scale=philox.scale(p),
         num_threads=num_threads,
@@ -67,21 +82,21 @@ def fused_forward(
     out, hidden = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
     mean, rstd = torch.full((2, x.shape[0]), torch.nan)
     C.bias_dropout_residual_layer_norm_forward_host(
-        x=x.data_ptr(),
-        bias=0,
-        residual=residual.data_ptr(),
-        weight=weight.data_ptr(),
-        ln_bias=ln_bias.data_ptr(),
+        x=extension.memory(x),
+        bias=None,
+        residual=extension.memory(residual),
+        weight=extension.memory(weight),
+        ln_bias=extension.memory(ln_bias),
         parameter_dtype=extension.dtype_code(weight.dtype),
         eps=1e-12,
-        out=out.data_ptr(),
-        hidden=hidden.data_ptr(),
-        mean=mean.data_ptr(),
-        rstd=rstd.data_ptr(),
+        out=extension.memory(out),
+        hidden=extension.memory(hidden),
+        mean=extension.memory(mean),
+        rstd=extension.memory(rstd),
         rows=x.shape[0],
         cols=x.shape[1],
         dtype=extension.dtype_code(x.dtype),
-        seed=extension.address(seed),
+        seed=extension.memory(seed),
         threshold=philox.threshold(p),
         scale=philox.scale(p),
         num_threads=num_threads,
@@ -100,23 +115,23 @@ def fused_backward(
     dweight, dln_bias = weight.new_full((cols,), torch.nan), weight.new_full((cols,), torch.nan)
     scratch = torch.full((C.bias_dropout_residual_layer_norm_backward_scratch(rows, cols),), torch.nan)
     C.bias_dropout_residual_layer_norm_backward_host(
-        dy=dy.data_ptr(),
-        dy2=0,
-        hidden=hidden.data_ptr(),
-        weight=weight.data_ptr(),
+        dy=extension.memory(dy),
+        dy2=None,
+        hidden=extension.memory(hidden),
+        weight=extension.memory(weight),
         parameter_dtype=extension.dtype_code(weight.dtype),
-        mean=mean.data_ptr(),
-        rstd=rstd.data_ptr(),
-        dresidual=dresidual.data_ptr(),
-        dx=dx.data_ptr(),
-        dbias=dbias.data_ptr(),
-        dweight=dweight.data_ptr(),
-        dln_bias=dln_bias.data_ptr(),
-        scratch=scratch.data_ptr(),
+        mean=extension.memory(mean),
+        rstd=extension.memory(rstd),
+        dresidual=extension.memory(dresidual),
+        dx=extension.memory(dx),
+        dbias=extension.memory(dbias),
+        dweight=extension.memory(dweight),
+        dln_bias=extension.memory(dln_bias),
+        scratch=extension.memory(scratch),
         rows=rows,
         cols=cols,
         dtype=extension.dtype_code(dy.dtype),
-        seed=extension.address(seed),
+        seed=extension.memory(seed),
         threshold=philox.threshold(p),
         scale=philox.scale(p),
         num_threads=num_threads,
@@ -130,6 +145,66 @@ def test_build_info() -> None:
     assert info["cuda"] == (info["cuda_absent"] is None)
     assert info["cuda"] == hasattr(C, "bias_dropout_residual_forward_device")
     assert (extension.missing_cuda() is None) == info["cuda"]
+
+
+# What the kernels may use, by the word of CPUID and its bit; the names are those of Linux's /proc/cpuinfo. The levels
+# are those of the System V ABI's AMD64 supplement, section 3.1.1. Of XCR0: what the operating system keeps.
+FEATURES = {
+    "AVX2": {
+        "leaf1_ecx": {
+            **{"pni": 0, "ssse3": 9, "fma": 12, "cx16": 13, "sse4_1": 19, "sse4_2": 20, "movbe": 22, "popcnt": 23},
+            **{"osxsave": 27, "avx": 28, "f16c": 29},
+        },
+        "leaf7_ebx": {"bmi1": 3, "avx2": 5, "bmi2": 8},
+        "extended1_ecx": {"lahf_lm": 0, "abm": 5},
+        "xcr0": {"xmm": 1, "ymm": 2},
+    },
+    "AVX512": {
+        "leaf7_ebx": {"avx512f": 16, "avx512dq": 17, "avx512cd": 28, "avx512bw": 30, "avx512vl": 31},
+        "xcr0": {"masks": 5, "upper halves": 6, "upper registers": 7},
+    },
+    "AMX": {
+        "leaf7_edx": {"amx_bf16": 22, "amx_tile": 24},
+        "leaf7_1_eax": {"avx512_bf16": 5},
+        "xcr0": {"tile configuration": 17, "tile data": 18},
+    },
+}
+LEVELS = tuple(FEATURES)
+WORDS = ("leaf1_ecx", "leaf7_ebx", "leaf7_edx", "leaf7_1_eax", "extended1_ecx", "xcr0")
+
+
+@pytest.mark.parametrize(
+    ("level", "word", "bit"),
+    [
+        pytest.param(level, word, bit, id=f"{level}-{name}")
+        for level, words in FEATURES.items()
+        for word, bits in words.items()
+        for name, bit in bits.items()
+    ],
+)
+def test_instructions_take_every_feature(level: str, word: str, bit: int) -> None:
+    """A processor that has just what is wanted runs everything; without one feature, no level that may use it."""
+    words = dict.fromkeys(WORDS, 0)
+    for own in FEATURES.values():
+        for name, bits in own.items():
+            words[name] |= sum(1 << number for number in bits.values())
+    assert C.instructions_of(**words) == dict.fromkeys(LEVELS, True)
+    words[word] -= 1 << bit
+    assert C.instructions_of(**words) == {name: LEVELS.index(name) < LEVELS.index(level) for name in LEVELS}
+
+
+def test_instructions_of_this_processor() -> None:
+    """They agree with what the kernel read in the same words."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.exists() or platform.machine() != "x86_64":
+        pytest.skip("this is no Linux on x86-64")
+    (flags, *_) = (line for line in cpuinfo.read_text().splitlines() if line.startswith("flags"))
+    has = True
+    for level, words in FEATURES.items():
+        names = [name for word, bits in words.items() if word != "xcr0" for name in bits if name != "osxsave"]
+        has = has and set(names) <= set(flags.split())
+        assert C.instructions_of(**C.processor())[level] == has
+    assert set(C.processor()) == set(WORDS)
 
 
 @pytest.mark.parametrize(
@@ -259,9 +334,10 @@ def test_wanted_gradients_only() -> None:
     dx, dbias = backward(dy, None)
     only_dx, only_dbias = torch.empty_like(dy), torch.empty(24)
     scratch = torch.empty(C.bias_dropout_residual_backward_scratch(70, 24))
-    sizes = {"rows": 70, "cols": 24, "dtype": C.FLOAT32, "seed": 0, "threshold": 65536, "scale": 1.0, "num_threads": 1}
-    C.bias_dropout_residual_backward_host(dy.data_ptr(), only_dx.data_ptr(), 0, 0, **sizes)
-    C.bias_dropout_residual_backward_host(dy.data_ptr(), 0, only_dbias.data_ptr(), scratch.data_ptr(), **sizes)
+    sizes = {"rows": 70, "cols": 24, "dtype": C.FLOAT32, "seed": None, "threshold": 65536, "scale": 1.0}
+    memory = extension.memory
+    C.bias_dropout_residual_backward_host(memory(dy), memory(only_dx), None, None, num_threads=1, **sizes)
+    C.bias_dropout_residual_backward_host(memory(dy), None, memory(only_dbias), memory(scratch), num_threads=1, **sizes)
     assert torch.equal(only_dx, dx)
     assert torch.equal(only_dbias, dbias)
 
@@ -281,56 +357,244 @@ def test_nothing_to_do() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": 0}, "x is a null address"),
-        ({"residual": 0}, "residual is a null address"),
-        ({"out": 0}, "out is a null address"),
+        ({"x": None}, "x is None; it must have 64 bytes"),
+        ({"residual": (64, 60)}, "residual has 60 bytes; it must have 64"),
+        ({"out": (64, 68)}, "out has 68 bytes; it must have 64"),
+        ({"bias": (64, 4)}, "bias has 4 bytes; it must have 32"),
+        ({"x": (0, 64)}, "x is a null address"),
+        ({"x": (62, 64)}, "x is at an address that is no multiple of 4"),
         ({"rows": -1}, "rows is -1; it may be 0 or more"),
         ({"cols": -1}, "cols is -1; it may be 0 or more"),
         ({"cols": 2**31}, "cols is 2147483648; it may be 2147483647 or less"),
+        ({"rows": 2**61}, "a tensor of 2305843009213693952 x 8 elements is too large"),
         ({"dtype": 3}, "dtype is 3; it may be FLOAT32, FLOAT16 or BFLOAT16"),
         ({"threshold": 65537}, "threshold is 65537; it may be 0 to 65536"),
-        ({"threshold": 65535}, "seed is a null address"),
+        ({"threshold": 65535}, "seed is None; it must have 8 bytes"),
+        ({"threshold": 65535, "seed": (64, 4)}, "seed has 4 bytes; it must have 8"),
+        ({"scale": float("nan")}, "scale is nan; it may be any finite number"),
         ({"num_threads": 0}, "num_threads is 0; it may be 1 or more"),
     ],
 )
-def test_bad_arguments(change: dict[str, int], message: str) -> None:
-    x = torch.ones(2, 8)
-    arguments = {"x": x.data_ptr(), "bias": 0, "residual": x.data_ptr(), "out": x.data_ptr(), "rows": 2, "cols": 8}
-    arguments |= {"dtype": C.FLOAT32, "seed": 0, "threshold": 65536, "num_threads": 1}
-    with pytest.raises(ValueError, match=message):
-        C.bias_dropout_residual_forward_host(**(arguments | change), scale=1.0)
+def test_bad_arguments(change: dict[str, Any], message: str) -> None:
+    tensor = torch.ones(2, 8)
+    x = extension.memory(tensor)
+    arguments = {"x": x, "bias": None, "residual": x, "out": x, "rows": 2, "cols": 8, "dtype": C.FLOAT32}
+    arguments |= {"seed": None, "threshold": 65536, "scale": 1.0, "num_threads": 1}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        C.bias_dropout_residual_forward_host(**(arguments | change))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        *(({name: 0}, f"{name} is a null address") for name in ("dy", "hidden", "weight", "mean", "rstd")),
-        ({"dresidual": 0}, "dresidual is a null address"),
-        ({"scratch": 0}, "scratch is a null address"),
+        ({"dy": (64, 60)}, "dy has 60 bytes; it must have 64"),
+        ({"dx": (64, 60)}, "dx has 60 bytes; it must have 64"),
+        ({"dbias": (64, 28)}, "dbias has 28 bytes; it must have 32"),
+        ({"scratch": (64, 28)}, "scratch has 28 bytes; it must have 32"),
+        ({"scratch": None}, "scratch is None; it must have 32 bytes"),
+    ],
+)
+def test_bad_arguments_of_the_backward(change: dict[str, Any], message: str) -> None:
+    tensors = torch.ones(2, 8), torch.ones(8)
+    x, row = map(extension.memory, tensors)
+    arguments = {"dy": x, "dx": x, "dbias": row, "scratch": row, "rows": 2, "cols": 8, "dtype": C.FLOAT32}
+    arguments |= {"seed": None, "threshold": 65536, "scale": 1.0, "num_threads": 1}
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        C.bias_dropout_residual_backward_host(**(arguments | change))
+
+
+BYTES = dict.fromkeys(("dy", "dy2", "hidden", "dresidual", "dx"), 64) | dict.fromkeys(("mean", "rstd"), 8)
+BYTES |= dict.fromkeys(("weight", "dbias", "dweight", "dln_bias"), 32) | {"scratch": 96}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({name: (64, size - 4)}, f"{name} has {size - 4} bytes; it must have {size}")
+            for name, size in BYTES.items()
+        ),
+        *(
+            ({name: None}, f"{name} is None; it must have {BYTES[name]} bytes")
+            for name in ("dy", "hidden", "weight", "mean", "rstd", "dresidual", "scratch")
+        ),
         ({"cols": -1}, "cols is -1; it may be 0 or more"),
         ({"parameter_dtype": 2}, "parameter_dtype is 2; it may be dtype or FLOAT32"),
         ({"dtype": 3, "parameter_dtype": 3}, "dtype is 3; it may be FLOAT32, FLOAT16 or BFLOAT16"),
-        ({"threshold": 65535}, "seed is a null address"),
+        ({"threshold": 65535}, "seed is None; it must have 8 bytes"),
         ({"num_threads": 0}, "num_threads is 0; it may be 1 or more"),
     ],
 )
-def test_bad_arguments_of_the_fused_backward(change: dict[str, int], message: str) -> None:
-    x = torch.ones(2, 8)
-    names = ("dy", "hidden", "weight", "mean", "rstd", "dresidual", "dx", "dbias", "dweight", "dln_bias", "scratch")
-    arguments = dict.fromkeys(names, x.data_ptr()) | {"rows": 2, "cols": 8, "dtype": C.FLOAT32, "num_threads": 1}
-    arguments |= {"dy2": 0, "parameter_dtype": C.FLOAT32, "seed": 0, "threshold": 65536} | change
-    with pytest.raises(ValueError, match=message):
-        C.bias_dropout_residual_layer_norm_backward_host(**arguments, scale=1.0)
+def test_bad_arguments_of_the_fused_backward(change: dict[str, Any], message: str) -> None:
+    memory = torch.ones(24)
+    arguments: dict[str, Any] = {name: (memory.data_ptr(), size) for name, size in BYTES.items()}
+    arguments |= {"rows": 2, "cols": 8, "dtype": C.FLOAT32, "parameter_dtype": C.FLOAT32, "num_threads": 1}
+    arguments |= {"seed": None, "threshold": 65536, "scale": 1.0} | change
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        C.bias_dropout_residual_layer_norm_backward_host(**arguments)
 
 
-@pytest.mark.parametrize("name", ["x", "residual", "weight", "ln_bias", "out"])
-def test_null_addresses_of_the_fused_forward(name: str) -> None:
-    x = torch.ones(2, 8)
-    arguments = dict.fromkeys(("x", "residual", "weight", "ln_bias", "out"), x.data_ptr()) | {name: 0}
-    arguments |= dict.fromkeys(("bias", "hidden", "mean", "rstd", "seed"), 0) | {"rows": 2, "cols": 8}
-    arguments |= {"parameter_dtype": C.FLOAT32, "dtype": C.FLOAT32, "threshold": 65536, "num_threads": 1}
-    with pytest.raises(ValueError, match=f"{name} is a null address"):
-        C.bias_dropout_residual_layer_norm_forward_host(**arguments, eps=1e-12, scale=1.0)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            ({name: (64, size - 4)}, f"{name} has {size - 4} bytes; it must have {size}")
+            for names, size in (
+                (("x", "residual", "out", "hidden"), 64),
+                (("bias", "weight", "ln_bias"), 32),
+                (("mean", "rstd"), 8),
+            )
+            for name in names
+        ),
+        *(({name: None}, f"{name} is None; it must have 64 bytes") for name in ("x", "residual", "out")),
+        *(({name: None}, f"{name} is None; it must have 32 bytes") for name in ("weight", "ln_bias")),
+        ({"eps": float("nan")}, "eps is nan; it may be 0 or more"),
+        ({"eps": -1.0}, "eps is -1.000000; it may be 0 or more"),
+    ],
+)
+def test_bad_arguments_of_the_fused_forward(change: dict[str, Any], message: str) -> None:
+    tensors = torch.ones(2, 8), torch.ones(8)
+    x, row = map(extension.memory, tensors)
+    arguments: dict[str, Any] = dict.fromkeys(("x", "residual", "out"), x)
+    arguments |= dict.fromkeys(("weight", "ln_bias"), row) | dict.fromkeys(("bias", "hidden", "mean", "rstd", "seed"))
+    arguments |= {"rows": 2, "cols": 8, "parameter_dtype": C.FLOAT32, "dtype": C.FLOAT32, "threshold": 65536}
+    arguments |= {"eps": 1e-12, "scale": 1.0, "num_threads": 1} | change
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        C.bias_dropout_residual_layer_norm_forward_host(**arguments)
+
+
+def test_bad_arguments_of_attention_dropout() -> None:
+    # Held by names: the first call writes to their memory.
+    probabilities, one = torch.ones(2, 3, 4, 4), torch.tensor(1)
+    memory, seed = extension.memory(probabilities), extension.memory(one)
+    sizes = {"first_sequence": 0, "sequences": 2, "heads": 3, "queries": 4, "num_threads": 1}
+    numbers = {"seed": seed, "threshold": 0, "scale": 1.0}
+    C.attention_dropout_host(probabilities=memory, keys=4, **sizes, **numbers)
+    assert not probabilities.any()
+    with pytest.raises(ValueError, match=r"probabilities has 384 bytes; it must have 480$"):
+        C.attention_dropout_host(probabilities=memory, keys=5, **sizes, **numbers)
+
+
+def linear_arguments() -> dict[str, Any]:
+    """A call of linear_forward: 5 rows, 32 features in, 64 out."""
+    weight = torch.randn(64, 32)
+    x, bias, other, y = torch.randn(5, 32), torch.randn(64), torch.randn(5, 64), torch.empty(5, 64)
+    tensors = {"x": x, "packed": host_linear.pack(weight), "bias": bias, "other": other, "y": y}
+    sizes = {"rows": 5, "depth": 32, "features": 64, "post": C.POST_ADD}
+    return {**tensors, **sizes, "instructions": host_linear.instructions(x.dtype), "num_threads": 1}
+
+
+def attention_arguments() -> dict[str, Any]:
+    """A call of attention_forward: sequences of 3 and 2 rows, 2 heads of size 8."""
+    cu_seqlens = torch.tensor([0, 3, 5], dtype=torch.int32)
+    tensors = {"qkv": torch.randn(5, 3, 2, 8), "cu_seqlens": cu_seqlens}
+    tensors |= {"out": torch.empty(5, 2, 8), "lse": torch.empty(2, 5)}
+    sizes = {"rows": 5, "sequences": 2, "heads": 2, "size": 8, "max_seqlen": 3, "scale": 0.25}
+    return {**tensors, **sizes, "instructions": host_linear.instructions(torch.float32), "num_threads": 1}
+
+
+def layer_arguments() -> dict[str, Any]:
+    """A call of encoder_layer_forward: sequences of 3 and 2 rows, 32 features in 2 heads, 64 in between."""
+    shapes = ((96, 32), (32, 32), (64, 32), (32, 64))
+    weights = [tensor for shape in shapes for tensor in (host_linear.pack(torch.randn(shape)), torch.randn(shape[0]))]
+    tensors = {"x": torch.randn(5, 32), "y": torch.empty(5, 32), "cu_seqlens": torch.tensor([0, 3, 5]).int()}
+    tensors |= {"scratch": torch.empty(5 * C.encoder_layer_scratch(32, 64)), "lse": torch.empty(2, 5)}
+    sizes = {"rows": 5, "sequences": 2, "max_seqlen": 3, "heads": 2, "head_size": 16, "hidden": 32, "features": 64}
+    numbers = {"gelu": C.POST_GELU_ERF, "scale": 0.25, "eps": [1e-12, 1e-12], "float_norms": True, "num_threads": 1}
+    lists = {"weights": weights, "norms": list(torch.randn(4, 32))}
+    return {**tensors, **lists, **sizes, **numbers, "instructions": host_linear.instructions(torch.float32)}
+
+
+CALLS = {
+    "linear_forward": linear_arguments,
+    "attention_forward": attention_arguments,
+    "encoder_layer_forward": layer_arguments,
+}
+
+
+def call_with(name: str, arguments: dict[str, Any]) -> Any:
+    def converted(value: Any) -> Any:
+        if isinstance(value, list):
+            return [converted(item) for item in value]
+        return extension.memory(value) if isinstance(value, Tensor) or value is None else value
+
+    return getattr(C, name)(**{key: converted(value) for key, value in arguments.items()})
+
+
+@simd
+@pytest.mark.parametrize("name", CALLS)
+def test_memory_of_the_right_size_is_taken(name: str) -> None:
+    assert call_with(name, CALLS[name]()) in (True, None)
+
+
+@simd
+@pytest.mark.parametrize("longer", [False, True], ids=["shorter", "longer"])
+@pytest.mark.parametrize(
+    ("name", "argument"), [(name, key) for name, call in CALLS.items() for key in MEMORY[name]], ids="-".join
+)
+def test_memory_of_another_size_is_refused(name: str, argument: str, longer: bool) -> None:
+    """Nothing is read or written beyond what the caller has: every length is compared with the sizes."""
+    arguments = CALLS[name]()
+    key, _, index = argument.partition("/")
+    tensor = arguments[key][int(index)] if index else arguments[key]
+    other = torch.cat([tensor.flatten(), tensor.flatten()[:1]]) if longer else tensor.flatten()[:-1].clone()
+    if argument in ("packed", "y", "scratch") or (key == "weights" and int(index) % 2 == 0):
+        memory = torch.empty(other.numel() + 16, dtype=other.dtype)
+        other = memory[-memory.data_ptr() % 64 // 4 :][: other.numel()]
+    if index:
+        arguments[key][int(index)] = other
+    else:
+        arguments[key] = other
+    if longer and argument in ("scratch", "lse") and name == "encoder_layer_forward":
+        assert call_with(name, arguments)  # layers share them
+        return
+    size = "or more " if argument in ("scratch", "lse") and name == "encoder_layer_forward" else ""
+    message = f"{NAMES.get(argument, argument)} has {other.nbytes} bytes; it must have {tensor.nbytes} {size}".strip()
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call_with(name, arguments)
+
+
+@simd
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("linear_forward", {"rows": -1}, "rows is -1; it may be 0 or more"),
+        ("linear_forward", {"depth": 33}, "depth is 33; it may be a positive multiple of 32"),
+        ("linear_forward", {"features": 0}, "features is 0; it may be a positive multiple of 32"),
+        ("linear_forward", {"rows": 2**62}, "a tensor of 4611686018427387904 x 32 elements is too large"),
+        ("linear_forward", {"post": 4}, "post is 4; it may be one of POST_*"),
+        ("linear_forward", {"x": None}, "x is None; it must have 640 bytes"),
+        ("linear_forward", {"other": None}, "other is None; it must have 1280 bytes"),
+        ("linear_forward", {"num_threads": 0}, "num_threads is 0; it may be 1 or more"),
+        ("attention_forward", {"sequences": -1}, "sequences is -1; it may be 0 or more"),
+        ("attention_forward", {"heads": -1}, "heads is -1; it may be 0 or more"),
+        ("attention_forward", {"size": 0}, "size is 0; it may be 1 or more"),
+        ("attention_forward", {"scale": float("nan")}, "scale is nan; it may be any finite number"),
+        ("attention_forward", {"scale": float("inf")}, "scale is inf; it may be any finite number"),
+        ("attention_forward", {"cu_seqlens": None}, "cu_seqlens is None; it must have 12 bytes"),
+        ("attention_forward", {"qkv": None}, "qkv is None; it must have 960 bytes"),
+        ("encoder_layer_forward", {"hidden": 48}, "hidden is 48; it may be a positive multiple of 32"),
+        ("encoder_layer_forward", {"heads": 0}, "heads is 0; it may be 1 or more"),
+        ("encoder_layer_forward", {"heads": 3}, "3 heads of size 16 are not the 32 of hidden"),
+        ("encoder_layer_forward", {"head_size": 8}, "2 heads of size 8 are not the 32 of hidden"),
+        ("encoder_layer_forward", {"scale": float("nan")}, "scale is nan; it may be any finite number"),
+        ("encoder_layer_forward", {"eps": [1e-12, -1.0]}, "eps is -1.000000; it may be 0 or more"),
+        ("encoder_layer_forward", {"eps": [float("nan"), 0.0]}, "eps is nan; it may be 0 or more"),
+        ("encoder_layer_forward", {"gelu": C.POST_NONE}, "gelu is 0; it may be POST_GELU_ERF or POST_GELU_TANH"),
+        ("encoder_layer_forward", {"rows": -1}, "rows is -1; it may be 0 or more"),
+    ],
+)
+def test_bad_numbers(name: str, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call_with(name, CALLS[name]() | change)
+
+
+def test_memory_is_that_of_a_contiguous_tensor() -> None:
+    tensor = torch.zeros(4, 6, dtype=torch.bfloat16)
+    assert extension.memory(tensor) == (tensor.data_ptr(), 48)
+    assert extension.memory(None) is None
+    with pytest.raises(ValueError, match=r"a tensor of shape \(4, 3\) has strides \(6, 2\); it must be contiguous"):
+        extension.memory(tensor[:, ::2])
 
 
 def test_unknown_dtype() -> None:
@@ -343,13 +607,16 @@ def test_unknown_dtype() -> None:
 def test_cuda_errors_are_raised() -> None:
     """Without a GPU, a launch raises what the CUDA runtime says, and so does the question whether one would work."""
     assert C.device_error()
+    row, one = (16, 32), (16, 4)
     with pytest.raises(RuntimeError, match="cudaError"):
-        C.bias_dropout_residual_backward_device(16, 16, 16, 16, 1, 8, C.FLOAT32, 0, 65536, 1.0, 0)
+        C.bias_dropout_residual_backward_device(row, row, row, row, 1, 8, C.FLOAT32, None, 65536, 1.0, 0)
     with pytest.raises(RuntimeError, match="cudaError"):
         C.bias_dropout_residual_layer_norm_forward_device(
-            16, 0, 16, 16, 16, C.FLOAT32, 1e-12, 16, 0, 0, 0, 1, 8, C.FLOAT32, 0, 65536, 1.0, 0
+            *(row, None, row, row, row, C.FLOAT32, 1e-12, row, None, None, None),
+            *(1, 8, C.FLOAT32, None, 65536, 1.0, 0),
         )
     with pytest.raises(RuntimeError, match="bias_dropout_residual_layer_norm backward: cudaError"):
         C.bias_dropout_residual_layer_norm_backward_device(
-            16, 0, 16, 16, C.FLOAT32, 16, 16, 16, 0, 0, 0, 0, 0, 1, 8, C.FLOAT32, 0, 65536, 1.0, 0
+            *(row, None, row, row, C.FLOAT32, one, one, row, None, None, None, None, None),
+            *(1, 8, C.FLOAT32, None, 65536, 1.0, 0),
         )

@@ -32,13 +32,13 @@ def _drop(probabilities: Tensor, run: runs.Run, dropout_p: float, seed: Tensor |
     if seed is not None:
         _, heads, queries, keys = probabilities.shape
         extension.module().attention_dropout_host(
-            probabilities.data_ptr(),
+            extension.memory(probabilities),
             run.first_sequence,
             run.sequences,
             heads,
             queries,
             keys,
-            seed.data_ptr(),
+            extension.memory(seed),
             philox.threshold(dropout_p),
             philox.scale(dropout_p),
             torch.get_num_threads(),

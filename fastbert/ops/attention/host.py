@@ -24,10 +24,10 @@ def forward(
     out = qkv.new_empty(rows, heads, size)
     lse = qkv.new_empty(heads, rows, dtype=torch.float32)
     done = extension.module().attention_forward(
-        qkv.data_ptr(),
-        cu_seqlens.data_ptr(),
-        out.data_ptr(),
-        lse.data_ptr(),
+        extension.memory(qkv),
+        extension.memory(cu_seqlens),
+        extension.memory(out),
+        extension.memory(lse),
         rows,
         cu_seqlens.shape[0] - 1,
         heads,

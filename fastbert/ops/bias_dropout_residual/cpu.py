@@ -15,14 +15,14 @@ def forward(x: Tensor, bias: Tensor | None, residual: Tensor, p: float, seed: Te
     out = torch.empty_like(x)
     cols = x.shape[-1]
     extension.module().bias_dropout_residual_forward_host(
-        x.data_ptr(),
-        extension.address(bias),
-        residual.data_ptr(),
-        out.data_ptr(),
+        extension.memory(x),
+        extension.memory(bias),
+        extension.memory(residual),
+        extension.memory(out),
         x.numel() // cols,
         cols,
         extension.dtype_code(x.dtype),
-        extension.address(seed),
+        extension.memory(seed),
         philox.threshold(p),
         philox.scale(p),
         torch.get_num_threads(),
@@ -44,14 +44,14 @@ def backward(dy: Tensor, p: float, seed: Tensor | None, has_bias: bool) -> tuple
         else None
     )
     library.bias_dropout_residual_backward_host(
-        dy.data_ptr(),
-        dx.data_ptr(),
-        extension.address(dbias),
-        extension.address(scratch),
+        extension.memory(dy),
+        extension.memory(dx),
+        extension.memory(dbias),
+        extension.memory(scratch),
         rows,
         cols,
         extension.dtype_code(dy.dtype),
-        extension.address(seed),
+        extension.memory(seed),
         philox.threshold(p),
         philox.scale(p),
         torch.get_num_threads(),

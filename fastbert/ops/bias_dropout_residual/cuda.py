@@ -16,14 +16,14 @@ def forward(x: Tensor, bias: Tensor | None, residual: Tensor, p: float, seed: Te
     cols = x.shape[-1]
     with torch.cuda.device(x.device):
         extension.module().bias_dropout_residual_forward_device(
-            x.data_ptr(),
-            extension.address(bias),
-            residual.data_ptr(),
-            out.data_ptr(),
+            extension.memory(x),
+            extension.memory(bias),
+            extension.memory(residual),
+            extension.memory(out),
             x.numel() // cols,
             cols,
             extension.dtype_code(x.dtype),
-            extension.address(seed),
+            extension.memory(seed),
             philox.threshold(p),
             philox.scale(p),
             torch.cuda.current_stream().cuda_stream,
@@ -46,14 +46,14 @@ def backward(dy: Tensor, p: float, seed: Tensor | None, has_bias: bool) -> tuple
     )
     with torch.cuda.device(dy.device):
         library.bias_dropout_residual_backward_device(
-            dy.data_ptr(),
-            dx.data_ptr(),
-            extension.address(dbias),
-            extension.address(scratch),
+            extension.memory(dy),
+            extension.memory(dx),
+            extension.memory(dbias),
+            extension.memory(scratch),
             rows,
             cols,
             extension.dtype_code(dy.dtype),
-            extension.address(seed),
+            extension.memory(seed),
             philox.threshold(p),
             philox.scale(p),
             torch.cuda.current_stream().cuda_stream,

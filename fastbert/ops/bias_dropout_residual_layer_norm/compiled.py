@@ -39,21 +39,21 @@ def forward(
     cols = x.shape[-1]
     function = getattr(extension.module(), f"bias_dropout_residual_layer_norm_forward_{build}")
     function(
-        x.data_ptr(),
-        extension.address(bias),
-        residual.data_ptr(),
-        weight.data_ptr(),
-        ln_bias.data_ptr(),
+        extension.memory(x),
+        extension.memory(bias),
+        extension.memory(residual),
+        extension.memory(weight),
+        extension.memory(ln_bias),
         extension.dtype_code(weight.dtype),
         eps,
-        out.data_ptr(),
-        _address(hidden),
-        _address(mean),
-        _address(rstd),
+        extension.memory(out),
+        _wanted(hidden),
+        _wanted(mean),
+        _wanted(rstd),
         x.numel() // cols,
         cols,
         extension.dtype_code(x.dtype),
-        extension.address(seed),
+        extension.memory(seed),
         philox.threshold(p),
         philox.scale(p),
         runner,
@@ -95,23 +95,23 @@ def backward(
     sums = library.bias_dropout_residual_layer_norm_backward_scratch(rows, cols) if any(output_mask) else 0
     scratch = mean.new_empty(sums)
     getattr(library, f"bias_dropout_residual_layer_norm_backward_{build}")(
-        dy.data_ptr(),
-        extension.address(dy2),
-        hidden.data_ptr(),
-        parameter.data_ptr(),
+        extension.memory(dy),
+        extension.memory(dy2),
+        extension.memory(hidden),
+        extension.memory(parameter),
         extension.dtype_code(parameter.dtype),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        dresidual.data_ptr(),
-        _address(dx),
-        _address(dbias),
-        _address(dweight),
-        _address(dln_bias),
-        _address(scratch),
+        extension.memory(mean),
+        extension.memory(rstd),
+        extension.memory(dresidual),
+        _wanted(dx),
+        _wanted(dbias),
+        _wanted(dweight),
+        _wanted(dln_bias),
+        extension.memory(scratch),
         rows,
         cols,
         extension.dtype_code(hidden.dtype),
-        extension.address(seed),
+        extension.memory(seed),
         philox.threshold(p),
         philox.scale(p),
         runner,
@@ -124,6 +124,6 @@ def _parameter(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     return parameter.to(parameter.dtype if parameter.dtype == dtype else torch.float32).contiguous()
 
 
-def _address(result: Tensor) -> int:
-    """The address of ``result``, or the extension's null where it isn't wanted."""
-    return result.data_ptr() if result.numel() > 0 else 0
+def _wanted(result: Tensor) -> tuple[int, int] | None:
+    """The memory of ``result``, or None where it isn't wanted."""
+    return extension.memory(result) if result.numel() > 0 else None

@@ -1,7 +1,8 @@
 """Does what fastbert would run on this machine give the right numbers? Small inputs, every op, two small models.
 
 The parity tests ask for the last bit. This asks whether what is installed works here, so it allows each implementation
-the error of the reference in the same dtype twice over, and two roundings more.
+the error of the reference in the same dtype twice over, and eight roundings more: with so few numbers the reference
+may be nearer to the truth by luck than it mostly is, on one processor and not on another.
 """
 
 from __future__ import annotations
@@ -179,7 +180,7 @@ def _op_errors(case: Case, impl: str, dtype: torch.dtype) -> Iterator[Error]:
     found = _forward_backward(case, impl, dtype, dtype)
     for name, truth in exact.items():
         rounding = torch.finfo(dtype).eps * float(truth.abs().max())
-        yield Error(name, _distance(found[name], truth), 2 * _distance(rounded[name], truth) + 2 * rounding)
+        yield Error(name, _distance(found[name], truth), 2 * _distance(rounded[name], truth) + 8 * rounding)
 
 
 def _forward_backward(case: Case, impl: str, rounded_to: torch.dtype, dtype: torch.dtype) -> dict[str, Tensor]:

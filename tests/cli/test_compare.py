@@ -58,9 +58,10 @@ def test_the_real_checkpoint_on_docstrings(compare):
     assert figures["model"]["name"] == "all-MiniLM-L6-v2"
     assert figures["model"]["layers"] == 6
     assert figures["last_layout"] == "packed"
-    attention = [row for row in figures["ran"] if row["part"] == "attention"]
-    assert [row["copies"] for row in attention] == [6]
-    assert attention[0]["implementation"].startswith("ops.attention")
+    # Each of the six layers as one call, or where the processor has no kernels for that its parts.
+    layers = [row for row in figures["ran"] if row["part"] == "its parts"]
+    assert [row["copies"] for row in layers] == [6]
+    assert layers[0]["implementation"] in ("one call", "one by one")
     for shown in (
         "speed-up",
         "sentences/s",

@@ -154,6 +154,8 @@ def dtype_code(dtype: torch.dtype) -> int:
 def memory(tensor: Tensor | None) -> tuple[int, int] | None:
     """The address of the first element of ``tensor`` and the bytes from there on; None for None.
 
+    They mean nothing once ``tensor`` is gone: the caller keeps it until the call has returned.
+
     Raises:
         ValueError: ``tensor`` is not contiguous.
     """

@@ -33,6 +33,14 @@ FASTBERT_HD float sum(int64_t count, Term&& term) {
   return lanes[0];
 }
 
+FASTBERT_HD float mean_around(const float* row, int64_t cols, float origin) {
+  return origin + sum(cols, [=](int64_t i) { return row[i] - origin; }) / static_cast<float>(cols);
+}
+
+FASTBERT_HD float variance_around(const float* row, int64_t cols, float mean) {
+  return sum(cols, [=](int64_t i) { return (row[i] - mean) * (row[i] - mean); }) / static_cast<float>(cols);
+}
+
 // The keep mask of one row as draws: keep where draws[column] < threshold.
 class RowDraws {
  public:
@@ -120,11 +128,13 @@ FASTBERT_CLONES void forward_rows(const Forward<T>& args, const float* weight, c
       for (int64_t i = 0; i < cols; ++i) saved[i] = from_float<T>(hidden[i]);
     }
 
-    // Around one of them, so that the mean of equal elements is what they are: their deviation is then 0, not a rounding.
-    const float first = hidden[0];
-    const float mean = first + sum(cols, [=](int64_t i) { return hidden[i] - first; }) / static_cast<float>(cols);
-    const float variance = sum(cols, [=](int64_t i) { return (hidden[i] - mean) * (hidden[i] - mean); }) /
-                           static_cast<float>(cols);
+    float mean = mean_around(hidden, cols, 0.0f);
+    float variance = variance_around(hidden, cols, mean);
+    // Deviations as small as the rounding of the mean may be nothing else, as in a row of equal elements.
+    if (variance <= mean * mean * 0x1p-32f) {
+      mean = mean_around(hidden, cols, mean);
+      variance = variance_around(hidden, cols, mean);
+    }
     const float rstd = reciprocal_deviation(variance, args.eps);
     if (args.mean != nullptr) args.mean[row] = mean;
     if (args.rstd != nullptr) args.rstd[row] = rstd;

@@ -168,7 +168,11 @@ class BertModel(_FromSafetensors, hf.BertModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         seeds = None
-        if self.training and (self.config.hidden_dropout_prob or self.config.attention_probs_dropout_prob):
+        encoder_layers: Any = self.encoder.layer
+        # By the modules, not by the configuration: where nothing is dropped, torch's generator must stay where it is.
+        if self.training and (
+            layers.dropout_p(self.embeddings.dropout) > 0.0 or any(layer.drops() for layer in encoder_layers)
+        ):
             count = 1 + layers.SEEDS_PER_LAYER * len(self.encoder.layer)
             seeds = philox.new_seeds(count, packed.cu_seqlens.device)
         hidden_states = self.embeddings(

@@ -119,8 +119,7 @@ def _layout(path: str, model: bert.BertModel) -> list[Part]:
 def _parts(path: str, model: bert.BertModel) -> list[Part]:
     config = model.config
     training = model.training
-    hidden_p = config.hidden_dropout_prob if training else 0.0
-    hidden = select.Request(model.device.type, model.dtype, float(hidden_p))
+    hidden = select.Request(model.device.type, model.dtype, layers.dropout_p(model.embeddings.dropout))
     attention = _attention_request(model)
     layout_reason = bert.static_padded_reason(model)
     if layout_reason:

@@ -297,10 +297,14 @@ class BertSelfAttention(upstream.BertSelfAttention):
             packing.cu_seqlens,
             packing.max_seqlen,
             scale=self.scaling,
-            dropout_p=dropout_p(self.dropout),
+            dropout_p=self.dropout_p(),
             seed=seed,
         )
         return context.flatten(1), None
+
+    def dropout_p(self) -> float:
+        """The probability of dropping an attention probability: by this module's mode, as in Hugging Face's."""
+        return self.dropout.p if self.training else 0.0
 
     def _project(self, hidden_states: Tensor, projections: Projections | None) -> Tensor:
         """Query, key and value side by side: ``[T, H]`` -> ``[T, 3 * H]``."""
@@ -465,6 +469,12 @@ class BertLayer(upstream.BertLayer):
         else:
             attention_output, _ = self.attention(hidden_states, packing=packing, seeds=seeds, projections=projections)
         return self._feed_forward(attention_output, packing.shape[0], _at(seeds, 2))
+
+    def drops(self) -> bool:
+        """Whether any of its dropouts drops anything in the present mode."""
+        attend: Any = self.attention.self
+        after = (self.attention.output.dropout, self.output.dropout)
+        return attend.dropout_p() > 0.0 or any(dropout_p(dropout) > 0.0 for dropout in after)
 
     def divided(self, x: Tensor) -> str | None:
         """Why the parts run one by one on states like ``x``, in one sentence; None when they are one call."""

@@ -32,8 +32,7 @@ def unserved(x: Tensor) -> str | None:
 def reason(layer: Any, x: Tensor) -> str | None:
     """Why ``layer``, whose parts are all what they seem, can't take states like ``x`` in one call; None if it can."""
     attention = layer.attention.self
-    dropouts = (attention.dropout, layer.attention.output.dropout, layer.output.dropout)
-    if any(dropout.p > 0.0 and dropout.training for dropout in dropouts):
+    if layer.drops():
         return "one call for all of it has no dropout"
     norms = (layer.attention.output.LayerNorm, layer.output.LayerNorm)
     dtypes = {p.dtype for norm in norms for p in (norm.weight, norm.bias)}

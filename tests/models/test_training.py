@@ -447,3 +447,38 @@ def test_an_eps_of_zero_case_61(name):
     for (path, p), (_, q) in zip(fast.named_parameters(), reference.named_parameters(), strict=True):
         assert q.grad.isfinite().all()
         torch.testing.assert_close(p.grad, q.grad, msg=path)
+
+
+@pytest.mark.parametrize("kind", ["none", "right"])
+def test_dropout_that_modules_have_switched_off_takes_no_random_numbers(kind):
+    """The configuration still says 0.1: it is the modules that count, as in Hugging Face's."""
+    for model in twins.twins(**DROPOUT):
+        for module in model.train().modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        before = torch.get_rng_state()
+        states = model(**twins.batch(kind=kind)).last_hidden_state
+        assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(states, model(**twins.batch(kind=kind)).last_hidden_state)
+
+
+@pytest.mark.parametrize("part", ["embeddings", "encoder.layer.1.attention.self", "encoder.layer.1.output"])
+def test_one_dropout_is_enough(part):
+    fast = twins.twins()[1].train()
+    fast.get_submodule(part).dropout.p = 0.5
+    found = [fast(**twins.batch()).last_hidden_state for _ in range(2)]
+    twins.assert_packed(fast)
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_mode_of_attention_decides_on_its_dropout(training):
+    """Hugging Face asks the attention for its mode, not its dropout."""
+    for model in twins.twins(attention_probs_dropout_prob=0.5):
+        for module in model.train().modules():
+            if isinstance(module, nn.Dropout):
+                module.eval()
+        model.encoder.layer[0].attention.self.training = training
+        model.encoder.layer[1].attention.self.training = False
+        found = [model(**twins.batch()).last_hidden_state for _ in range(2)]
+        assert torch.equal(*found) == (not training)

@@ -141,7 +141,9 @@ def assert_gradients_match(fast: nn.Module, reference: nn.Module, oracle: nn.Mod
         assert (p.grad is None) == (q.grad is None), path
         if p.grad is not None:
             error, allowed = ((x.grad.double() - exact[path]).abs().max().item() for x in (p, q))
-            assert error <= 2 * allowed + torch.finfo(p.dtype).eps * largest, path
+            # Of a few numbers Hugging Face may have the exact ones by luck: then four rounding steps, as elsewhere.
+            steps = 4 if p.numel() <= 8 else 1
+            assert error <= 2 * allowed + steps * torch.finfo(p.dtype).eps * largest, path
 
 
 def bert(model: nn.Module) -> fastbert.BertModel:

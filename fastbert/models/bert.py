@@ -102,6 +102,7 @@ class BertModel(_FromSafetensors, hf.BertModel):
         read = kwargs.pop("read_positions", None)
         sequences = {name: kwargs.pop(name) for name in _SEQUENCE_ARGUMENTS if kwargs.get(name) is not None}
         if args:
+            # Those after the five above.
             names = upstream.FORWARD_ARGUMENTS[5 : 5 + len(args)]
             if len(names) < len(args) or any(name in kwargs for name in names):
                 raise TypeError(f"forward takes {', '.join(upstream.FORWARD_ARGUMENTS)}, each of them once")

@@ -145,9 +145,9 @@ def gelu_approximation(activation: object) -> str | None:
     return upstream.GELU.get(type(activation))
 
 
-def dropout_p(dropout: nn.Dropout) -> float:
-    """The probability of dropping an element in the module's present mode."""
-    return dropout.p if dropout.training else 0.0
+def dropout_p(dropout: nn.Module) -> float:
+    """The probability of dropping an element in the module's present mode; 0 for a module that has none."""
+    return float(getattr(dropout, "p", 0.0)) if dropout.training else 0.0
 
 
 def _prepacked(owner: nn.Module, x: Tensor, *linears: nn.Linear) -> prepacked.PackedLinear | None:

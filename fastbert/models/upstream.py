@@ -70,6 +70,8 @@ def _changed(name: str) -> bool:
 
 
 _CHANGED = frozenset(filter(_changed, _READ))
+# Every forward looks at those of the model.
+_ATTRIBUTES = {name: attributes.split() for name, (attributes, _) in _READ.items()}
 
 # The arguments of stock's ``BertModel.forward``, in order.
 FORWARD_ARGUMENTS = tuple(_arguments(modeling_bert.BertModel.forward))[1:]
@@ -146,13 +148,12 @@ def uncapturable() -> str | None:
 
 def unknown(module: nn.Module, name: str) -> str | None:
     """Why ``module`` isn't stock's class ``name`` as fastbert knows it, in one sentence; None when it is."""
-    attributes, arguments = _READ[name]
-    for attribute in attributes.split():
+    for attribute in _ATTRIBUTES[name]:
         if not hasattr(module, attribute):
             return f"the {name} of transformers {transformers.__version__} has no {attribute}, which fastbert reads"
     if name in _CHANGED:
         return (
             f"the forward of {name} in transformers {transformers.__version__} doesn't begin with "
-            f"{', '.join(arguments.split())}, as fastbert knows it"
+            f"{', '.join(_READ[name][1].split())}, as fastbert knows it"
         )
     return None

@@ -6,7 +6,7 @@ import torch
 from models import twins
 
 import fastbert
-from fastbert.backends import prepacked
+from fastbert.backends import extension, prepacked
 
 # Multiples of 32, so that a layer is one call, and sizes that only oneDNN takes.
 SIZES = {
@@ -150,3 +150,7 @@ def test_a_weight_that_is_not_contiguous_is_not_prepacked(model):
         reason = prepacked.unsupported(weight[:1], [model.encoder.layer[1].output.dense])
     assert reason == "a weight isn't contiguous"
     assert torch.allclose(states(model), fresh(model), atol=1e-5 if weight.dtype == torch.float32 else 0.1)
+
+
+def test_the_number_of_forwards_is_the_extension_s():
+    assert extension.module().CHECKSUM_TURNS == prepacked.FORWARDS_TO_READ_ALL

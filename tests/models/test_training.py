@@ -482,3 +482,16 @@ def test_the_mode_of_attention_decides_on_its_dropout(training):
         model.encoder.layer[1].attention.self.training = False
         found = [model(**twins.batch()).last_hidden_state for _ in range(2)]
         assert torch.equal(*found) == (not training)
+
+
+@pytest.mark.parametrize("part", ["embeddings", "encoder.layer.1.attention.output", "encoder.layer.1.output"])
+def test_a_dropout_that_is_replaced_by_another_module(part):
+    """It has no probability, and is called as Hugging Face calls it."""
+    found = []
+    for model in twins.twins(**DROPOUT):
+        for module in model.train().modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        model.get_submodule(part).dropout = nn.Hardtanh(-1.5, 1.5)
+        found.append(model(**twins.batch()).last_hidden_state[twins.valid(twins.batch())])
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert.backends import philox
-from fastbert.models import inputs, joined, layers, packing, upstream
+from fastbert.models import encoder_inference, inputs, joined, layers, packing, upstream
 
 PACKED = "packed"
 
@@ -185,7 +185,10 @@ class BertModel(_FromSafetensors, hf.BertModel):
             seed=None if seeds is None else seeds[0],
         )
         projections = joined.join(self.encoder, hidden_states)
-        encoded = self.encoder(hidden_states, packing=packed, seeds=seeds, projections=projections).last_hidden_state
+        encoded = encoder_inference.forward(self.encoder, hidden_states, packed, projections)
+        if encoded is None:
+            encoder: Any = self.encoder
+            encoded = encoder(hidden_states, packing=packed, seeds=seeds, projections=projections).last_hidden_state
         sequence_output = packed.unpack(encoded)
         pooled_output = None
         if self.pooler is not None:

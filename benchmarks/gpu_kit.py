@@ -194,8 +194,8 @@ def _put_module(code: str, name: str, manager: Any, platform: str) -> None:
         shared = ["gcc", "-shared", "-fPIC"]
         subprocess.run([*shared, "-Wl,-soname,libcuda.so.1", "-x", "c", os.devnull, "-o", library], check=True)
         includes = [f"-I{path}" for path in (*nvidia.include_dirs, sysconfig.get_paths()["include"])]
-        command = [*shared, "-O3", "-Wno-psabi", str(source), "-o", str(target), f"-L{folder}", "-l:libcuda.so.1"]
-        subprocess.run([*command, "-Wl,--no-as-needed", *includes], check=True)
+        command = [*shared, "-O3", "-Wno-psabi", str(source), "-o", str(target), *includes, f"-L{folder}"]
+        subprocess.run([*command, "-Wl,--no-as-needed", "-l:libcuda.so.1"], check=True)
         cache.put(target.read_bytes(), file, binary=True)
 
 

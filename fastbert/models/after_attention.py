@@ -133,7 +133,7 @@ class _AfterAttention(torch.autograd.Function):
 
     # Kernels record nothing: without this a second derivative would be wrong instead of refused.
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy2: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy2 is None:
             return (None,) * len(ctx.needs_input_grad)

@@ -7,14 +7,15 @@
 parity     the tests that need a GPU, shared out over processes; a test that fails costs nothing else
 time       the contests of ``gpu_contests``; a kernel that fails its parity there gets no time
 tune       the launch configurations that matter most (``tune``); copies of the tables into FOLDER
+breakdown  where whole models spend their time, by kernel and by function of the host (``gpu_breakdown``)
 profile    counters of the kernels of ``gpu_profile``, where Nsight Compute is installed
 sanitize   compute-sanitizer on every kernel
 large      tensors of more than 2**31 elements, alone on the card
 =========  =======================================================================================
 
-Without a STEP: parity and time. ``--seconds`` bounds each step; what it has found by then is kept. The last thing that
-is written is ``<device>.json`` for ``benchmarks/results``, with ``parity``, in the form that the report reads. On a
-machine without a GPU all tests are skipped, nothing is measured, and that is no failure.
+Without a STEP: parity and time. ``--seconds`` bounds each step; what it has found by then is in FOLDER, from which each
+run makes ``benchmarks/results/<device>.json``, in the form that the report reads. On a machine without a GPU all tests
+are skipped, nothing is measured, and that is no failure.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from . import gpu_contests
 from .environment import RESULTS, ROOT, environment, slug
 from .tune import FEW
 
-STEPS = ("parity", "time", "tune", "profile", "sanitize", "large")
+STEPS = ("parity", "time", "tune", "breakdown", "profile", "sanitize", "large")
 # Folders whose tests need nothing but torch, Triton, transformers and pytest.
 TESTS = ("tests/gpu", "tests/ops", "tests/models/test_kernels.py", "tests/models/test_encoder_inference.py")
 # These need the card for themselves, or minutes.
@@ -163,6 +164,13 @@ def tune(out: Path, seconds: float) -> None:
     print(f"tune: {'stopped' if code is None else f'exit code {code}'}", flush=True)
 
 
+def breakdown(out: Path, seconds: float) -> None:
+    file, log = out / "breakdown.jsonl", out / "breakdown.log"
+    file.unlink(missing_ok=True)
+    code = _run([sys.executable, "-m", "benchmarks.gpu_breakdown", str(file)], seconds, log)
+    print(f"breakdown: {'stopped' if code is None else f'exit code {code}'}", flush=True)
+
+
 def profile(out: Path, seconds: float) -> None:
     if shutil.which("ncu") is None:
         print("profile: Nsight Compute (ncu) is not on the PATH")
@@ -179,8 +187,8 @@ def profile(out: Path, seconds: float) -> None:
         print(f"profile: {name}: exit code {code}", flush=True)
 
 
-def write(out: Path) -> Path | None:
-    """Put what the steps have found into the file that is kept."""
+def write(out: Path, results: Path) -> Path | None:
+    """Put what the steps have found into the file that is kept; None where there is nothing and no GPU."""
     data = gpu_contests.results(_lines(out / "time.jsonl"))
     if data["environment"] is None:
         if not torch.cuda.is_available():
@@ -197,7 +205,7 @@ def write(out: Path) -> Path | None:
         "checks": len(records),
         "nearest": nearest(records),
     }
-    path = out / f"{data['name']}.json"
+    path = results / f"{data['name']}.json"
     path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return path
 
@@ -206,7 +214,7 @@ def main() -> int:
     """Run the steps; the exit code is 1 if a test or a contest failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", metavar="STEP", help=", ".join(STEPS))
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu")
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--only", default="", help="of time: contests whose names contain this")
     args = parser.parse_args()
@@ -215,7 +223,14 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     print(device or "no GPU: nothing will be measured", flush=True)
-    steps = {"parity": parity, "tune": tune, "profile": profile, "sanitize": sanitize, "large": large}
+    steps = {
+        "parity": parity,
+        "tune": tune,
+        "breakdown": breakdown,
+        "profile": profile,
+        "sanitize": sanitize,
+        "large": large,
+    }
     for name in args.steps or ("parity", "time"):
         if device is None and name != "parity":
             print(f"{name}: needs a CUDA device")
@@ -223,7 +238,7 @@ def main() -> int:
             timings(args.out, args.seconds, only=args.only)
         else:
             steps[name](args.out, args.seconds)
-    path = write(args.out)
+    path = write(args.out, RESULTS)
     if path is None:
         return 0
     print(f"written: {path}", flush=True)

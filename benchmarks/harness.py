@@ -33,8 +33,9 @@ _SLOW = 0.2
 class Contestant:
     """One way to compute what a contest is about.
 
-    ``call`` is timed; in a graph, unless it isn't ``capturable``. ``judged`` gives the tensors that the parity gate compares with the contest's ``exact``, under
-    the same names; None for those that nothing can be compared with, as their dropout masks are their own.
+    ``call`` is timed; in a graph, unless it isn't ``capturable``. ``judged`` gives the tensors that the parity gate
+    compares with the contest's ``exact``, under the same names; None for those that nothing can be compared with, as
+    their dropout masks are their own.
     """
 
     call: Callable[[], object]

@@ -195,7 +195,7 @@ def test_what_is_kept_is_what_the_report_reads(tmp_path):
     (tmp_path / "parity" / "outcomes.jsonl").write_text("".join(json.dumps(line) + "\n" for line in outcomes))
     check = {"test": "t::a[x]", "what": "output", "dtype": "float32", "device": "cuda", "error": 1.0, "allowed": 2.0}
     (tmp_path / "parity" / "checks-gw0.jsonl").write_text(json.dumps(check) + "\n")
-    path = gpu.write(tmp_path)
+    path = gpu.write(tmp_path, tmp_path)
     assert path.name == "nvidia-h100.json"
     data = json.loads(path.read_text())
     assert data["rows"] == [{"work": "attention forward"}]

@@ -20,6 +20,10 @@ from torch import Tensor
 # Triton gives the decorated functions no types.
 jit: Any = triton.jit
 
+# The models' seeds are elements of one tensor, every other of them at a multiple of 16 bytes. A kernel isn't compiled
+# twice for that.
+SEEDS = ("seed_ptr",)
+
 DRAWS_PER_CALL = tl.constexpr(8)
 
 

@@ -18,7 +18,6 @@ _DICT = attrgetter("__dict__")
 _CHILDREN = itemgetter("_modules")
 _HOOKS = tuple(map(itemgetter, ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")))
 _TENSORS = tuple(map(itemgetter, ("_parameters", "_buffers")))
-_TRAINING = itemgetter("training")
 _VALUES = methodcaller("values")
 
 Dicts = list[dict[str, Any]]
@@ -49,12 +48,13 @@ class Snapshot:
         self._types = list(map(type, modules))
         self._children = [dict(children) for children in map(_CHILDREN, dicts)]
         self._hooks = [dict(hooks) for hooks in _hooks(dicts)]
-        self._forwards = _forwards(dicts)
+        # What stands in the place of a class's forward.
+        self._forwards = _values(dicts, "forward")
         self._complete = tensors
         held = _tensors(dicts) if tensors else []
         self._held = held
         self._tensor_ids, self._tensor_types = list(map(id, held)), list(map(type, held))
-        self._modes = list(map(_TRAINING, dicts))
+        self._modes = _values(dicts, "training")
         self.tensors: list[Tensor] = [tensor for tensor in held if tensor is not None]
 
     def holds(self, root: nn.Module) -> bool:
@@ -65,7 +65,7 @@ class Snapshot:
         dicts = list(map(_DICT, modules))
         if list(map(_CHILDREN, dicts)) != self._children:
             return False
-        if _hooks(dicts) != self._hooks or _forwards(dicts) != self._forwards:
+        if _hooks(dicts) != self._hooks or _values(dicts, "forward") != self._forwards:
             return False
         return not self._complete or self._tensors_hold(dicts)
 
@@ -74,7 +74,7 @@ class Snapshot:
         held = _tensors(dicts)
         if list(map(id, held)) != self._tensor_ids or list(map(type, held)) != self._tensor_types:
             return False
-        return list(map(_TRAINING, dicts)) == self._modes
+        return _values(dicts, "training") == self._modes
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
@@ -88,9 +88,9 @@ def _hooks(dicts: Dicts) -> list[Any]:
     return list(filter(None, chain.from_iterable(map(table, dicts) for table in _HOOKS)))
 
 
-def _forwards(dicts: Dicts) -> list[Any]:
-    """What stands in the place of a class's ``forward``, None where nothing does."""
-    return list(map(dict.get, dicts, repeat("forward")))
+def _values(dicts: Dicts, name: str) -> list[Any]:
+    """The attribute of each module, None where it has none of its own."""
+    return list(map(dict.get, dicts, repeat(name)))
 
 
 def _tensors(dicts: Dicts) -> list[Any]:

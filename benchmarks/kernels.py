@@ -147,7 +147,8 @@ def _launch(op: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         kind = "constexpr"
         if isinstance(value, Tensor):
             kind = f"*{_POINTERS[value.dtype]}"
-            if value.storage_offset() * value.itemsize % 16 == 0:
+            aligned = value.storage_offset() * value.itemsize % 16 == 0
+            if aligned and not parameter.do_not_specialize_on_alignment:
                 divisible.append(index)
         elif isinstance(value, float) and not parameter.is_constexpr:
             kind = "fp32"

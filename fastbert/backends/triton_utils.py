@@ -9,6 +9,7 @@ the CPU: slow, and exact enough to test them without a GPU.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -18,6 +19,10 @@ from torch import Tensor
 
 # Triton gives the decorated functions no types.
 jit: Any = triton.jit
+
+# The models' seeds are elements of one tensor, every other of them at a multiple of 16 bytes. A kernel isn't compiled
+# twice for that.
+SEEDS = ("seed_ptr",)
 
 DRAWS_PER_CALL = tl.constexpr(8)
 
@@ -76,14 +81,24 @@ def normal(x, TANH: tl.constexpr):
     return 0.5 * (1.0 + tl.erf(0.7071067811865476 * x)), 0.3989422804014327 * tl.exp(-0.5 * x * x)
 
 
+# As Triton does, at import: its kernels are made for the interpreter or for a GPU once and for all.
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU."""
-    return bool(triton.knobs.runtime.interpret)
+    return _INTERPRETED
 
 
 def capability() -> int:
     """The compute capability of the present CUDA device times ten: 90 for Hopper; 0 in the interpreter."""
-    return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch)
+    return 0 if interpreted() else _capability_of(torch.cuda.current_device())
+
+
+@functools.cache
+def _capability_of(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @jit

@@ -8,7 +8,7 @@ Implementations are chosen once a forward, by ``backends.select``, and called wi
 
 from __future__ import annotations
 
-import weakref
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +20,10 @@ from fastbert.backends import select
 from fastbert.models import layers
 from fastbert.models.joined import Projection
 from fastbert.models.packing import Packing
+from fastbert.models.snapshot import Snapshot
 
+# What ``.data`` can change of a parameter that stays the same object.
+_FACTS = attrgetter("shape", "dtype", "device")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -40,19 +43,11 @@ class _Layer(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """The layers, and all that was true of their modules when these were found to be plain.
+    """The layers, and what the parameters were when the modules were found to be plain."""
 
-    ``modules``: each with its ``__dict__``, class and children. ``tensors``: for each the dict that holds it, its name
-    there, its address, shape and dtype.
-    """
-
-    dtype: torch.dtype
     layers: tuple[_Layer, ...]
-    modules: tuple[tuple[nn.Module, dict[str, Any], type, tuple[nn.Module | None, ...]], ...]
-    tensors: tuple[tuple[dict[str, Any], str, Tensor | None, int, torch.Size, torch.dtype | None], ...]
-
-
-_plans: weakref.WeakKeyDictionary[nn.Module, _Plan] = weakref.WeakKeyDictionary()
+    dtype: torch.dtype
+    facts: list[Any]
 
 
 def unserved(x: Tensor) -> str | None:
@@ -72,13 +67,9 @@ def forward(encoder: Any, x: Tensor, packing: Packing, projections: dict[nn.Modu
     """``[T, H]`` -> ``[T, H]``; None where the layers have to be called one by one."""
     if not projections or unserved(x) is not None:
         return None
-    plan = _plans.get(encoder)
-    if plan is None or plan.dtype != x.dtype or not _holds(plan):
-        plan = _make(encoder, x.dtype)
-        if plan is None:
-            _plans.pop(encoder, None)
-            return None
-        _plans[encoder] = plan
+    plan = _plan(encoder, x.dtype)
+    if plan is None:
+        return None
     device, index, dtype = x.device.type, x.device.index, x.dtype
     size = max(layer.attend.attention_head_size for layer in plan.layers)
     if select.table("attention").choose(None, select.Request(device, dtype, 0.0, size)) != "triton":
@@ -104,31 +95,25 @@ def forward(encoder: Any, x: Tensor, packing: Packing, projections: dict[nn.Modu
     return x
 
 
-def _holds(plan: _Plan) -> bool:
-    """Whether all that the plan was made of is as it was."""
-    for module, state, kind, children in plan.modules:
-        if (
-            module.__class__ is not kind
-            or state["training"]
-            or state["_forward_pre_hooks"]
-            or state["_forward_hooks"]
-            or state["_backward_pre_hooks"]
-            or state["_backward_hooks"]
-            or "forward" in state
-            or tuple(state["_modules"].values()) != children
-        ):
-            return False
-    for parameters, name, tensor, address, shape, dtype in plan.tensors:
-        if parameters.get(name) is not tensor:
-            return False
-        if tensor is not None and (tensor.data_ptr() != address or tensor.shape != shape or tensor.dtype is not dtype):
-            return False
-    return True
+def _plan(encoder: Any, dtype: torch.dtype) -> _Plan | None:
+    """The plan that the encoder has for states of ``dtype``, or a new one where something has changed."""
+    kept: Snapshot | None = encoder.__dict__.get("_inference")
+    if kept is not None and kept.holds(encoder):
+        found: _Plan | None = kept.found
+        if found is None or (found.dtype == dtype and list(map(_FACTS, kept.tensors)) == found.facts):
+            return found
+    # Before anything is looked at: what another thread changes meanwhile is then seen next time.
+    made = Snapshot(encoder, encoder.modules(), tensors=True)
+    made.found = _new_plan(encoder, dtype, made.tensors)
+    encoder._inference = made
+    return made.found
 
 
-def _make(encoder: Any, dtype: torch.dtype) -> _Plan | None:
-    """A plan for states of ``dtype``; None where a part is not what it seems or computes something else."""
-    if layers.unusual(encoder, layers.BertEncoder):
+def _new_plan(encoder: Any, dtype: torch.dtype, tensors: list[Tensor]) -> _Plan | None:
+    """A plan; None where a part is not what it seems or computes something else."""
+    facts = list(map(_FACTS, tensors))
+    everything = list(encoder.modules())
+    if layers.unusual(encoder, layers.BertEncoder) or any(map(_is_called, everything)):
         return None
     found = []
     for layer in encoder.layer:
@@ -148,18 +133,7 @@ def _make(encoder: Any, dtype: torch.dtype) -> _Plan | None:
         if not _fits(made, *attend.query.weight.shape):
             return None
         found.append(made)
-    everything = list(encoder.modules())
-    parameters = [(one._parameters, name, p) for one in everything for name, p in one._parameters.items()]
-    if not found or any(map(_is_called, everything)) or any(p is not None and p.dtype != dtype for *_, p in parameters):
-        return None
-    modules = tuple((one, one.__dict__, type(one), tuple(one._modules.values())) for one in everything)
-    tensors = tuple((held, name, p, *_identity(p)) for held, name, p in parameters)
-    return _Plan(dtype, tuple(found), modules, tensors)
-
-
-def _identity(tensor: Tensor | None) -> tuple[int, torch.Size, torch.dtype | None]:
-    """Address, shape and dtype: what ``.data`` can change of a parameter that stays the same object."""
-    return (0, torch.Size(), None) if tensor is None else (tensor.data_ptr(), tensor.shape, tensor.dtype)
+    return _Plan(tuple(found), dtype, facts) if found and all(t.dtype == dtype for t in tensors) else None
 
 
 def _is_called(module: nn.Module) -> bool:

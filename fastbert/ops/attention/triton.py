@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch, philox
-from fastbert.backends.triton_utils import attention_keep, dot, dot_precision, jit
+from fastbert.backends.triton_utils import SEEDS, attention_keep, dot, dot_precision, jit
 
 # Numbers that change from batch to batch: a kernel isn't compiled again for them.
 _COUNTS = ("rows", "heads", "sequences", "steps", "slots", "threshold")
@@ -131,7 +131,7 @@ def _attend(
     return acc, m_new, total
 
 
-@jit(do_not_specialize=_COUNTS)
+@jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=SEEDS)
 def forward_kernel(
     qkv_ptr, stride_row, stride_part, stride_head, cu_seqlens_ptr, out_ptr, lse_ptr, seed_ptr,
     rows, heads, sequences, steps, slots, scale, threshold, kept_scale,
@@ -178,7 +178,7 @@ def forward_kernel(
         tl.store(head_lse_ptr + spare_row, tl.zeros([BLOCK_M], tl.float32), mask=spare_row < rows)
 
 
-@jit(do_not_specialize=_COUNTS)
+@jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=SEEDS)
 def backward_short_kernel(
     dout_ptr, stride_dout, stride_dout_head, qkv_ptr, stride_row, stride_part, stride_head, cu_seqlens_ptr, dqkv_ptr,
     seed_ptr, rows, heads, sequences, steps, slots, scale, threshold, kept_scale,
@@ -251,7 +251,7 @@ def _dq_block(
     return dot(ds.to(k.dtype), k, dq, PRECISION)
 
 
-@jit(do_not_specialize=_COUNTS)
+@jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=SEEDS)
 def backward_dq_kernel(
     dout_ptr, stride_dout, stride_dout_head, qkv_ptr, stride_row, stride_part, stride_head, out_ptr, lse_ptr,
     cu_seqlens_ptr, dqkv_ptr, delta_ptr, seed_ptr,
@@ -298,7 +298,7 @@ def backward_dq_kernel(
     _clear(dq_ptr, 3 * heads * D, cu_seqlens_ptr, rows, sequences, slot, slots, column, BLOCK_M, D, BLOCK_D)
 
 
-@jit(do_not_specialize=_COUNTS)
+@jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=SEEDS)
 def backward_dkv_kernel(
     dout_ptr, stride_dout, stride_dout_head, qkv_ptr, stride_row, stride_part, stride_head, lse_ptr, delta_ptr,
     cu_seqlens_ptr, dqkv_ptr, seed_ptr,

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch, philox
-from fastbert.backends.triton_utils import hidden_keep, jit, pieces, rows_of
+from fastbert.backends.triton_utils import SEEDS, hidden_keep, jit, pieces, rows_of
 
 # Rows of the buffer of partial sums for weight and bias: several for each multiprocessor of the largest GPUs.
 _PARTIALS = 512
@@ -79,7 +79,7 @@ def _keep(seed_ptr, token, threshold, H: tl.constexpr, START: tl.constexpr, SIZE
     return draw.to(tl.int32) < threshold
 
 
-@jit(do_not_specialize=_COUNTS)
+@jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=SEEDS)
 def forward_kernel(
     input_ids_ptr, position_ids_ptr, token_type_ids_ptr,
     word_ptr, stride_word, position_ptr, stride_position, token_type_ptr, stride_token_type,
@@ -124,7 +124,7 @@ def forward_kernel(
         tl.store(y_ptr + token[:, None] * H + rest, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@jit(do_not_specialize=_COUNTS)
+@jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=SEEDS)
 def backward_kernel(
     dy_ptr, stride_dy, input_ids_ptr, position_ids_ptr, token_type_ids_ptr,
     word_ptr, stride_word, position_ptr, stride_position, token_type_ptr, stride_token_type,

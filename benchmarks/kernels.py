@@ -72,6 +72,7 @@ class Launch:
     """One compilation: a kernel, the types of its arguments, what is known of their values, and its options."""
 
     op: str
+    module: str
     kernel: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
@@ -107,14 +108,18 @@ class Report:
     instructions: dict[str, int]
 
     @property
-    def occupancy(self) -> float:
-        """The share of the multiprocessor's warps that fit at once."""
+    def blocks(self) -> int:
+        """How many blocks of threads fit on a multiprocessor at once."""
         limits = LIMITS[self.capability]
         # Registers are handed out to warps in units of 256.
         registers = math.ceil(self.registers * 32 / 256) * 256 * self.warps
         shared = self.shared + 1024  # what the system keeps for itself of each block
-        blocks = min(limits.blocks, limits.warps // self.warps, limits.registers // registers, limits.shared // shared)
-        return blocks * self.warps / limits.warps
+        return min(limits.blocks, limits.warps // self.warps, limits.registers // registers, limits.shared // shared)
+
+    @property
+    def occupancy(self) -> float:
+        """The share of the multiprocessor's warps that fit at once."""
+        return self.blocks * self.warps / LIMITS[self.capability].warps
 
 
 def launches(op: str, made: Iterable[Call], capability: int) -> list[Launch]:
@@ -140,6 +145,8 @@ def launches(op: str, made: Iterable[Call], capability: int) -> list[Launch]:
 
 def _launch(op: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     """As Triton's own launcher: None and the number 1 become constants, multiples of 16 are remembered as such."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, divisible = [], [], []
     for index, parameter in enumerate(kernel.params):
@@ -149,6 +156,9 @@ def _launch(op: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
             kind = f"*{_POINTERS[value.dtype]}"
             if value.storage_offset() * value.itemsize % 16 == 0:
                 divisible.append(index)
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            kind = f"tensordesc<{_POINTERS[value.base.dtype]}[{block}]>"
         elif isinstance(value, float) and not parameter.is_constexpr:
             kind = "fp32"
         elif isinstance(value, int) and not parameter.is_constexpr and (parameter.do_not_specialize or value != 1):
@@ -158,8 +168,8 @@ def _launch(op: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         if kind == "constexpr":
             constants.append((parameter.name, value))
         signature.append((parameter.name, kind))
-    name = kernel.fn.__name__
-    return Launch(op, name, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(values.items())))
+    module, name = kernel.fn.__module__, kernel.fn.__name__
+    return Launch(op, module, name, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(values.items())))
 
 
 _POINTERS = {
@@ -180,7 +190,7 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(f"fastbert.ops.{launch.op}.triton"), launch.kernel)
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
     names = [name for name, _ in launch.signature]
     source = ASTSource(
         fn=kernel,
@@ -216,9 +226,9 @@ def _tool(name: str, *args: str) -> str:
 
 
 def _instructions(code: str) -> dict[str, int]:
-    """Accesses to global memory by width (LDG, STG; LDGSTS copies to shared memory), to the stack, and products."""
+    """Accesses to global memory by width (LDGSTS copies to shared memory), by TMA and to the stack, and products."""
     counts: Counter[str] = Counter()
-    for name in re.findall(r"\b(?:LDG|STG|LDGSTS|LDL|STL|HMMA|HGMMA|UTCHMMA|FFMA2?)(?:\.\w+)*", code):
+    for name in re.findall(r"\b(?:LDG|STG|LDGSTS|LDL|STL|UTMALDG|UTMASTG|HMMA|HGMMA|UTCHMMA|FFMA2?)(?:\.\w+)*", code):
         stem, *modifiers = name.split(".")
         if stem in ("LDG", "STG", "LDGSTS"):
             width = next((m for m in modifiers if m in ("64", "128", "256", "U8", "U16", "S8", "S16")), "32")
@@ -227,8 +237,8 @@ def _instructions(code: str) -> dict[str, int]:
     return dict(counts)
 
 
-def _calls(shape: shapes.Model, dtype: torch.dtype) -> dict[str, list[Call]]:
-    """The calls that a model makes, by op; linear-GELU with many rows and with few."""
+def _calls(shape: shapes.Model, dtype: torch.dtype, capability: int) -> dict[str, list[Call]]:
+    """The calls that a model makes, by op; linear-GELU with many rows and with few, by each kernel there is."""
     hidden, directions, dropouts = shape.hidden, (False, True), (0.0, 0.1)
     size = shape.head_size
     return {
@@ -245,7 +255,9 @@ def _calls(shape: shapes.Model, dtype: torch.dtype) -> dict[str, list[Call]]:
             for backward in directions
         ],
         "linear_gelu": [
-            functools.partial(calls.linear_gelu, shape.intermediate, hidden, dtype, tokens, needs_hidden)
+            functools.partial(calls.linear_gelu, shape.intermediate, hidden, dtype, tokens, needs_hidden, route=route)
+            for route in ("triton", "persistent")
+            if route == "triton" or (capability >= 90 and dtype != torch.float32)
             for tokens in (calls.TOKENS, 100)
             for needs_hidden in (False, True)
         ],
@@ -260,7 +272,7 @@ def all_launches(capability: int) -> list[Launch]:
     found: dict[Launch, None] = {}
     for shape in shapes.MODELS.values():
         for dtype in DTYPES:
-            for op, made in _calls(shape, dtype).items():
+            for op, made in _calls(shape, dtype, capability).items():
                 found |= dict.fromkeys(launches(op, made, capability))
     return list(found)
 

@@ -7,9 +7,9 @@ forward    a program takes one block of the product after another, in the order 
            block run beside the epilogue of this one
 epilogue   in parts of some columns each: adds the bias, applies the GELU, rounds once, and TMA takes
            the part from shared memory to y
-overlap    two programs on a multiprocessor share its tensor cores. Those placed second begin later
-           by the time that a block's products take, so that one multiplies while the other applies
-           the GELU: that is most of the gain over programs in step
+overlap    two programs on a multiprocessor share its tensor cores. In step, both would multiply and
+           then both apply the GELU. So the second begins later, by the time that the products of a
+           block take: one multiplies while the other is in its epilogue
 saves      h = x Wᵀ + b in the dtype of x, and only where a gradient needs it; y isn't saved
 backward   that of ``gradients.py``
 traffic    x and W once for each block of columns and rows, less what the L2 saves; y and h once
@@ -48,9 +48,9 @@ def _clock():
 
 
 @jit
-def _begin_late(prompt, cycles):
-    """Wait for so many cycles in programs from ``prompt`` on."""
-    if tl.program_id(0) >= prompt:
+def _delay(first_delayed, cycles):
+    """Wait for ``cycles`` in programs from ``first_delayed`` on."""
+    if tl.program_id(0) >= first_delayed:
         begin = _clock() + cycles
         while _clock() < begin:
             pass
@@ -78,23 +78,23 @@ def _store(
         _store(right, bias_ptr, y, hidden_out, row, column + half, N, TANH, HAS_BIAS, NEEDS_HIDDEN, PARTS // 2)
 
 
-@jit(do_not_specialize=["M", "prompt"])
+@jit(do_not_specialize=["M", "first_delayed"])
 def persistent_kernel(
-    x, weight, bias_ptr, y, hidden_out, M, N, K, prompt,
+    x, weight, bias_ptr, y, hidden_out, M, N, K, first_delayed,
     TANH: tl.constexpr, HAS_BIAS: tl.constexpr, NEEDS_HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
     GROUP_M: tl.constexpr, DELAY: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Blocks ``[BLOCK_M, BLOCK_N]`` of y ``[M, N]``, and of hidden where that is needed.
 
-    All tensors but the bias are descriptors. Programs from ``prompt`` on begin ``DELAY`` cycles later for each step
+    All tensors but the bias are descriptors. Programs from ``first_delayed`` on begin later, by ``DELAY`` cycles a step
     over k.
     """
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
     tl.assume(steps > 0)
     if DELAY > 0:
-        _begin_late(prompt, steps * DELAY)
+        _delay(first_delayed, steps * DELAY)
     for block in tl.range(tl.program_id(0), blocks_m * blocks_n, tl.num_programs(0), flatten=True):
         block_m, block_n = tl.swizzle2d(block // blocks_n, block % blocks_n, blocks_m, blocks_n, GROUP_M)
         row, column = block_m * BLOCK_M, block_n * BLOCK_N
@@ -150,7 +150,7 @@ def _launch(
     blocks = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     programs = min(resident, blocks)
     # With fewer than two blocks each, what a late begin costs at the end isn't won back.
-    prompt = multiprocessors if blocks >= 2 * resident else programs
+    first_delayed = multiprocessors if blocks >= 2 * resident else programs
     part = [block_m, block_n // options["PARTS"]]
     persistent_kernel[(programs,)](
         TensorDescriptor(x, [M, K], [x.stride(0), 1], [block_m, block_k]),
@@ -158,7 +158,7 @@ def _launch(
         None if bias is None else bias.contiguous(),
         TensorDescriptor(y, [M, N], [y.stride(0), 1], part),
         None if hidden is None else TensorDescriptor(hidden, [M, N], [hidden.stride(0), 1], part),
-        M, N, K, prompt,
+        M, N, K, first_delayed,
         TANH=approximate == "tanh", HAS_BIAS=bias is not None, NEEDS_HIDDEN=hidden is not None,
         PRECISION=dot_precision(), GROUP_M=_GROUP_M,
         DELAY=0 if interpreted() else delay,  # the interpreter has no clock

@@ -237,7 +237,7 @@ def _instructions(code: str) -> dict[str, int]:
     return dict(counts)
 
 
-def _calls(shape: shapes.Model, dtype: torch.dtype, capability: int) -> dict[str, list[Call]]:
+def calls_of(shape: shapes.Model, dtype: torch.dtype, capability: int = CAPABILITIES[-1]) -> dict[str, list[Call]]:
     """The calls that a model makes, by op; linear-GELU with many rows and with few, by each kernel there is."""
     hidden, directions, dropouts = shape.hidden, (False, True), (0.0, 0.1)
     size = shape.head_size
@@ -272,7 +272,7 @@ def all_launches(capability: int) -> list[Launch]:
     found: dict[Launch, None] = {}
     for shape in shapes.MODELS.values():
         for dtype in DTYPES:
-            for op, made in _calls(shape, dtype, capability).items():
+            for op, made in calls_of(shape, dtype, capability).items():
                 found |= dict.fromkeys(launches(op, made, capability))
     return list(found)
 

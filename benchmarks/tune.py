@@ -6,9 +6,10 @@
 A configuration has to compile without spills and within the shared memory of a block, at every shape of its class and
 with dropout on and off; where several programs are to stay on a multiprocessor, they have to fit. On a GPU, those that
 do are timed, and the fastest is taken. Without one, an entry for the very capability stays if it is valid; otherwise
-the first valid candidate takes its place. ``--kernel`` and ``--shape-class`` restrict the search to names that contain
-them. On a GPU, which route of linear-GELU is the fastest is measured, too, and written to
-fastbert/ops/linear_gelu/by_shape.toml.
+the first valid candidate takes its place. ``--target``, which may be given several times, restricts the search to one
+row, such as "attention_forward: 16 bits, D <= 64, long", or to the rows of a kernel. On a GPU, which route of
+linear-GELU is the fastest is measured, too, and written to fastbert/ops/linear_gelu/by_shape.toml. Both files are
+written as soon as something is known.
 """
 
 from __future__ import annotations
@@ -36,6 +37,18 @@ from .calls import Call
 TABLE = Path(launch.__file__).with_suffix(".toml")
 HEADER = "# kernel, shape class, lowest compute capability -> options; see launch.py.\n"
 HEADS = 12
+# Where an inference and a fine-tuning step spend their time: what is tuned when there are minutes.
+FEW = (
+    ("attention_forward", "16 bits, D <= 64, long"),
+    ("attention_backward_dq", "16 bits, D <= 64, long"),
+    ("attention_backward_dkv", "16 bits, D <= 64, long"),
+    ("attention_forward", "16 bits, D <= 64, S <= 128"),
+    ("attention_backward", "16 bits, D <= 64, S <= 128"),
+    ("linear_gelu_persistent", "16 bits"),
+    ("linear_gelu", "16 bits, large"),
+    ("linear_gelu", "16 bits, small"),
+    ("layer_norm_backward", "H <= 768"),
+)
 
 Options = dict[str, int]
 
@@ -198,7 +211,7 @@ def targets() -> list[Target]:
     return [*_attention_targets(), *_product_targets(), *_row_targets()]
 
 
-def _with(target: Target, options: Options) -> Any:
+def with_options(target: Target, options: Options) -> Any:
     """Make ``target`` launch with ``options``, in place of the table's."""
     original = launch.options
 
@@ -214,7 +227,7 @@ def _valid(job: tuple[int, Options, int]) -> bool:
     """Whether the configuration compiles within the limits of the capability wherever its class is launched."""
     index, options, capability = job
     target = targets()[index]
-    with _with(target, options):
+    with with_options(target, options):
         found = kernels.launches(target.op, target.calls, capability)
     for one in found:
         if one.kernel != target.function:
@@ -231,7 +244,7 @@ def _seconds(target: Target, options: Options) -> float:
     """The sum of the medians of the target's calls on the present GPU."""
     from triton.testing import do_bench
 
-    with _with(target, options):
+    with with_options(target, options):
         return sum(do_bench(call(torch.device("cuda")), return_mode="median") for call in target.calls) / 1000.0
 
 
@@ -253,7 +266,7 @@ def measure_routes(
     text = path.read_text(encoding="utf-8")
     entries = [entry for entry in tomllib.loads(text)["measured"] if entry["capability"] != capability]
     classes = [2**power for power in range(17) if by_shape.rows_class(2**power) == 2**power]
-    for dtype, shape in itertools.product(kernels.DTYPES, shapes.MODELS.values()):
+    for dtype, shape in itertools.product(reversed(kernels.DTYPES), shapes.MODELS.values()):
         faster = {}
         for rows in classes:
             times = seconds(dtype, shape.intermediate, shape.hidden, rows)
@@ -262,8 +275,12 @@ def measure_routes(
         name = str(dtype).removeprefix("torch.")
         entry = {"capability": capability, "dtype": name, "N": shape.intermediate, "K": shape.hidden, "faster": faster}
         entries.append(entry)
-    comments = [line for line in text.splitlines() if line.startswith("#")]
-    lines = [*comments]
+        _write_routes(path, text, entries)
+
+
+def _write_routes(path: Path, text: str, entries: list[dict[str, Any]]) -> None:
+    """Write ``entries`` below the comments of ``text``."""
+    lines = [line for line in text.splitlines() if line.startswith("#")]
     for entry in entries:
         routes = ", ".join(f'{rows} = "{route}"' for rows, route in entry["faster"].items())
         lines += ["", "[[measured]]", f"capability = {entry['capability']}", f'dtype = "{entry["dtype"]}"']
@@ -288,22 +305,27 @@ def write(table: dict[str, dict[str, dict[str, Options]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, action="append", choices=kernels.CAPABILITIES)
-    parser.add_argument("--kernel", default="")
-    parser.add_argument("--shape-class", default="")
+    parser.add_argument("--target", action="append", default=[], metavar="KERNEL[: SHAPE CLASS]")
     args = parser.parse_args()
+    chosen = {
+        name: [index for index, one in enumerate(targets()) if name in (one.kernel, f"{one.kernel}: {one.shape_class}")]
+        for name in args.target
+    }
+    if unknown := [name for name, found in chosen.items() if not found]:
+        parser.error(f"--target is {unknown[0]!r}; it must be a row of {TABLE.name}, or the kernel of some")
+    indices = [index for found in chosen.values() for index in found] or range(len(targets()))
     measured = not args.capability
     if measured and not torch.cuda.is_available():
         parser.error("there is no CUDA device: name a --capability to choose by what compiles")
     capabilities = args.capability or [triton_utils.capability()]
     table = launch.table()
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for index, target in enumerate(targets()):
-            if args.kernel not in target.kernel or args.shape_class not in target.shape_class:
-                continue
+        for index in indices:
+            target = targets()[index]
             for capability in sorted(one for one in capabilities if one >= target.lowest):
                 _choose(table, index, target, capability, measured, pool)
                 write(table)
-    if measured and args.kernel in "linear_gelu":
+    if measured and any(targets()[index].op == "linear_gelu" for index in indices):
         measure_routes(by_shape.MEASURED, capabilities[0])
 
 

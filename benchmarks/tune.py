@@ -78,7 +78,7 @@ _WHOLE = functools.partial(_tiles, ("num_warps", "num_stages"))
 _ATTENTION = functools.partial(_tiles, ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
 _LINEAR = functools.partial(_tiles, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"))
 _PERSISTENT = functools.partial(
-    _tiles, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "PARTS", "PROGRAMS", "DELAY", "num_warps", "num_stages")
+    _tiles, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "PARTS", "PROGRAMS", "DELAY", "num_warps", "num_stages")
 )
 _ROWS = functools.partial(_tiles, ("ROWS", "num_warps"))
 _BLOCKS = functools.partial(_tiles, ("ROWS", "COLUMNS", "num_warps"))
@@ -192,9 +192,9 @@ def _product_targets() -> Iterator[Target]:
             yield Target("linear_gelu", f"{bits} bits, {name}", "linear_gelu", "forward_kernel", candidates, products)
     # A step of 64 over k takes the tensor cores of compute capability 9.0 some 512 cycles for a block of 128 x 128.
     blocks = _PERSISTENT(
-        (128, 128, 64, 2, 2, 512, 4, 3), (128, 128, 64, 2, 2, 0, 4, 3), (128, 128, 64, 2, 2, 512, 8, 3),
-        (128, 128, 64, 2, 2, 0, 8, 3), (128, 128, 64, 4, 2, 512, 4, 3), (128, 256, 64, 4, 1, 0, 8, 4),
-        (128, 256, 64, 2, 1, 0, 8, 3),
+        (128, 128, 64, 8, 2, 2, 512, 4, 3), (128, 128, 64, 8, 2, 2, 0, 4, 3), (128, 128, 64, 8, 2, 2, 512, 8, 3),
+        (128, 128, 64, 8, 4, 2, 512, 4, 3), (128, 128, 64, 16, 2, 2, 512, 4, 3), (128, 256, 64, 8, 4, 1, 0, 8, 4),
+        (128, 256, 64, 8, 2, 1, 0, 8, 3),
     )  # fmt: skip
     products = tuple(
         functools.partial(

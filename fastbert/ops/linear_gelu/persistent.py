@@ -35,8 +35,6 @@ from fastbert.ops.linear_gelu.gradients import backward
 __all__ = ["backward", "forward"]
 
 
-# Blocks of rows that programs go down before the next column.
-_GROUP_M = 8
 # What TMA's addresses and strides are multiples of, in bytes.
 _ALIGNMENT = 16
 
@@ -82,8 +80,8 @@ def _store(
 def persistent_kernel(
     x, weight, bias_ptr, y, hidden_out, M, N, K, first_delayed,
     TANH: tl.constexpr, HAS_BIAS: tl.constexpr, NEEDS_HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
-    GROUP_M: tl.constexpr, DELAY: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    DELAY: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Blocks ``[BLOCK_M, BLOCK_N]`` of y ``[M, N]``, and of hidden where that is needed.
 
@@ -160,7 +158,7 @@ def _launch(
         None if hidden is None else TensorDescriptor(hidden, [M, N], [hidden.stride(0), 1], part),
         M, N, K, first_delayed,
         TANH=approximate == "tanh", HAS_BIAS=bias is not None, NEEDS_HIDDEN=hidden is not None,
-        PRECISION=dot_precision(), GROUP_M=_GROUP_M,
+        PRECISION=dot_precision(),
         DELAY=0 if interpreted() else delay,  # the interpreter has no clock
         **options,
     )  # fmt: skip

@@ -4,11 +4,12 @@
     python -m benchmarks.tune --capability 80 --capability 90 ...      without one
 
 A configuration has to compile without spills and within the shared memory of a block, at every shape of its class and
-with dropout on and off. On a GPU, those that do are timed, and the fastest is taken. Without one, an entry for the very
-capability stays if it is valid; otherwise the first valid candidate takes its place. ``--target``, which may be given
-several times, restricts the search to one row, such as "attention_forward: 16 bits, D <= 64, long", or to the rows of a
-kernel. On a GPU, which route of linear-GELU is the faster is measured, too, and written to
-fastbert/ops/linear_gelu/by_shape.toml. Both files are written as soon as something is known.
+with dropout on and off; where several programs are to stay on a multiprocessor, they have to fit. On a GPU, those that
+do are timed, and the fastest is taken. Without one, an entry for the very capability stays if it is valid; otherwise
+the first valid candidate takes its place. ``--target``, which may be given several times, restricts the search to one
+row, such as "attention_forward: 16 bits, D <= 64, long", or to the rows of a kernel. On a GPU, which route of
+linear-GELU is the fastest is measured, too, and written to fastbert/ops/linear_gelu/by_shape.toml. Both files are
+written as soon as something is known.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from unittest import mock
 
 import torch
 
-from fastbert.backends import launch, triton_utils
+from fastbert.backends import launch, select, triton_utils
 from fastbert.ops.linear_gelu import by_shape
 
 from . import calls, kernels, shapes
@@ -43,6 +44,7 @@ FEW = (
     ("attention_backward_dkv", "16 bits, D <= 64, long"),
     ("attention_forward", "16 bits, D <= 64, S <= 128"),
     ("attention_backward", "16 bits, D <= 64, S <= 128"),
+    ("linear_gelu_persistent", "16 bits"),
     ("linear_gelu", "16 bits, large"),
     ("linear_gelu", "16 bits, small"),
     ("layer_norm_backward", "H <= 768"),
@@ -55,7 +57,8 @@ Options = dict[str, int]
 class Target:
     """One row of the table: its candidates, best guess first, and calls of its op that launch it.
 
-    A call takes a device, makes its tensors there, and returns what is to be timed.
+    A call takes a device, makes its tensors there, and returns what is to be timed. Below the capability ``lowest`` the
+    kernel doesn't run.
     """
 
     kernel: str
@@ -64,6 +67,7 @@ class Target:
     function: str
     candidates: tuple[Options, ...]
     calls: tuple[Call, ...]
+    lowest: int = 0
 
 
 def _tiles(names: tuple[str, ...], *values: tuple[int, ...]) -> tuple[Options, ...]:
@@ -73,6 +77,9 @@ def _tiles(names: tuple[str, ...], *values: tuple[int, ...]) -> tuple[Options, .
 _WHOLE = functools.partial(_tiles, ("num_warps", "num_stages"))
 _ATTENTION = functools.partial(_tiles, ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
 _LINEAR = functools.partial(_tiles, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"))
+_PERSISTENT = functools.partial(
+    _tiles, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "PARTS", "PROGRAMS", "DELAY", "num_warps", "num_stages")
+)
 _ROWS = functools.partial(_tiles, ("ROWS", "num_warps"))
 _BLOCKS = functools.partial(_tiles, ("ROWS", "COLUMNS", "num_warps"))
 
@@ -164,7 +171,8 @@ def _product_targets() -> Iterator[Target]:
         yield Target(f"bias_gelu_{direction}", "all", "bias_gelu", f"{direction}_kernel", blocks, gelu)
     large = {
         16: _LINEAR(
-            (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 256, 64, 8, 3), (128, 64, 64, 4, 4), (128, 64, 32, 4, 4)
+            (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 32, 8, 4), (128, 256, 64, 8, 3), (128, 64, 64, 4, 4),
+            (128, 64, 32, 4, 4)
         ),
         32: _LINEAR(
             (128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 64, 16, 4, 3)
@@ -182,6 +190,20 @@ def _product_targets() -> Iterator[Target]:
                 for needs_hidden in (True, False)
             )
             yield Target("linear_gelu", f"{bits} bits, {name}", "linear_gelu", "forward_kernel", candidates, products)
+    # A step of 64 over k takes the tensor cores of compute capability 9.0 some 512 cycles for a block of 128 x 128.
+    blocks = _PERSISTENT(
+        (128, 128, 64, 8, 2, 2, 512, 4, 3), (128, 128, 64, 8, 2, 2, 0, 4, 3), (128, 128, 64, 8, 2, 2, 512, 8, 3),
+        (128, 128, 64, 8, 4, 2, 512, 4, 3), (128, 128, 64, 16, 2, 2, 512, 4, 3), (128, 256, 64, 8, 4, 1, 0, 8, 4),
+        (128, 256, 64, 8, 2, 1, 0, 8, 3),
+    )  # fmt: skip
+    products = tuple(
+        functools.partial(
+            calls.linear_gelu, 4 * hidden, hidden, torch.bfloat16, calls.TOKENS, needs_hidden, route="persistent"
+        )
+        for hidden in (384, 768, 1024)
+        for needs_hidden in (True, False)
+    )
+    yield Target("linear_gelu_persistent", "16 bits", "linear_gelu", "persistent_kernel", blocks, products, lowest=90)
 
 
 def targets() -> list[Target]:
@@ -213,6 +235,8 @@ def _valid(job: tuple[int, Options, int]) -> bool:
         report = kernels.compile_launch(one, capability)
         if report.stack > 0 or report.shared > kernels.LIMITS[capability].shared_block:
             return False
+        if report.blocks < options.get("PROGRAMS", 1):
+            return False
     return True
 
 
@@ -229,14 +253,16 @@ def _time_routes(dtype: torch.dtype, features: int, hidden: int, rows: int) -> d
     from triton.testing import do_bench
 
     device = torch.device("cuda")
-    made = {r: calls.linear_gelu(features, hidden, dtype, rows, True, device, r) for r in by_shape.ROUTES}
+    rows_of_table = select.table("linear_gelu").explain(select.Request("cuda", dtype))
+    routes = [row.implementation for row in rows_of_table if row.implementation in by_shape.ROUTES and not row.reasons]
+    made = {route: calls.linear_gelu(features, hidden, dtype, rows, True, device, route) for route in routes}
     return {route: do_bench(call, return_mode="median") / 1000.0 for route, call in made.items()}
 
 
 def measure_routes(
     path: Path, capability: int, seconds: Callable[[torch.dtype, int, int, int], dict[str, float]] = _time_routes
 ) -> None:
-    """Time the routes of linear-GELU at the models' shapes and write which was the faster; keep other capabilities."""
+    """Time the routes of linear-GELU at the models' shapes and write which was the fastest; keep other capabilities."""
     text = path.read_text(encoding="utf-8")
     entries = [entry for entry in tomllib.loads(text)["measured"] if entry["capability"] != capability]
     classes = [2**power for power in range(17) if by_shape.rows_class(2**power) == 2**power]
@@ -295,8 +321,9 @@ def main() -> None:
     table = launch.table()
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
         for index in indices:
-            for capability in sorted(capabilities):
-                _choose(table, index, targets()[index], capability, measured, pool)
+            target = targets()[index]
+            for capability in sorted(one for one in capabilities if one >= target.lowest):
+                _choose(table, index, target, capability, measured, pool)
                 write(table)
     if measured and any(targets()[index].op == "linear_gelu" for index in indices):
         measure_routes(by_shape.MEASURED, capabilities[0])

@@ -81,7 +81,9 @@ def test_measured_routes_are_written_as_they_are_read(tmp_path):
         'faster = { 64 = "triton" }\n'
     )
     for _ in range(2):  # the second time takes the place of the first
-        tune.measure_routes(path, 90, lambda dtype, N, K, rows: {"triton": rows, "cublas_triton": 1000.0})
+        tune.measure_routes(
+            path, 90, lambda dtype, N, K, rows: {"triton": rows, "cublas_triton": 1000.0, "persistent": 1001.0}
+        )
     table = by_shape.read(path)
     assert table.pop((80, "float32", 5, 7, 64)) == "triton"
     assert len(table) == len(kernels.DTYPES) * len(shapes.MODELS) * 11

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch
-from fastbert.backends.triton_utils import jit, normal, rows_of
+from fastbert.backends.triton_utils import gelu, gelu_grad, jit, rows_of
 
 # Rows of the buffer of partial sums.
 _PARTIALS = 256
@@ -36,8 +36,7 @@ def forward_kernel(
     h = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         h += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    phi, _ = normal(h, TANH)
-    y = h * phi
+    y = gelu(h, TANH, SHORT=x_ptr.dtype.element_ty != tl.float32)
     tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -60,8 +59,7 @@ def backward_kernel(
         h = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
             h += bias
-        phi, density = normal(h, TANH)
-        dx = dy * (phi + h * density)
+        dx = dy * gelu_grad(h, TANH, SHORT=x_ptr.dtype.element_ty != tl.float32)
         if NEEDS_DX:
             tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if NEEDS_SUM:

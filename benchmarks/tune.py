@@ -82,6 +82,10 @@ _PERSISTENT = functools.partial(
 )
 _ROWS = functools.partial(_tiles, ("ROWS", "num_warps"))
 _BLOCKS = functools.partial(_tiles, ("ROWS", "COLUMNS", "num_warps"))
+# Of kernels whose programs go on to further rows: also the stages that loads run ahead, and programs a multiprocessor.
+_LOOP = functools.partial(_tiles, ("ROWS", "num_warps", "STAGES", "PROGRAMS"))
+_GATHER_LOOP = functools.partial(_tiles, ("ROWS", "num_warps", "PROGRAMS"))
+_BLOCK_LOOP = functools.partial(_tiles, ("ROWS", "COLUMNS", "num_warps", "STAGES", "PROGRAMS"))
 
 _FORWARD_LONG = {
     16: _ATTENTION((128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2),
@@ -132,25 +136,43 @@ def _attention_targets() -> Iterator[Target]:
 
 
 def _row_targets() -> Iterator[Target]:
-    candidates = {
-        384: _ROWS((8, 4), (16, 8), (4, 2), (4, 4), (2, 1)),
-        768: _ROWS((4, 4), (8, 8), (2, 4), (4, 8), (1, 2), (1, 1), (1, 4)),
-        1024: _ROWS((1, 2), (1, 4), (4, 4), (4, 8), (2, 4)),
-        2048: _ROWS((1, 4), (1, 8), (1, 2)),
-        4096: _ROWS((1, 8), (1, 16), (1, 4)),
+    forward_rows = {
+        384: _ROWS((2, 1), (1, 1), (4, 4), (8, 4), (4, 2)),
+        768: _ROWS((1, 1), (2, 1), (4, 4), (2, 4), (1, 2)),
+        1024: _ROWS((1, 2), (1, 1), (2, 2), (1, 4), (2, 4)),
+        2048: _ROWS((1, 4), (1, 2), (1, 8)),
+        4096: _ROWS((1, 8), (1, 4), (1, 16)),
         8192: _ROWS((1, 16), (1, 8), (1, 32)),
     }
+    backward_rows = {
+        384: _LOOP((2, 1, 1, 10), (2, 1, 3, 8), (4, 4, 1, 4), (8, 4, 1, 3), (1, 1, 1, 16), (1, 1, 3, 12)),
+        768: _LOOP((1, 1, 3, 8), (1, 1, 1, 12), (1, 1, 1, 8), (1, 1, 4, 6), (2, 4, 1, 4), (4, 4, 1, 2), (1, 2, 1, 10)),
+        1024: _LOOP((1, 2, 3, 6), (1, 2, 1, 10), (1, 2, 1, 6), (1, 1, 1, 10), (1, 1, 3, 8), (1, 4, 1, 5)),
+        2048: _LOOP((1, 4, 3, 4), (1, 4, 1, 5), (1, 8, 1, 4), (1, 2, 1, 5)),
+        4096: _LOOP((1, 8, 3, 2), (1, 8, 1, 2), (1, 16, 1, 2), (1, 4, 1, 2)),
+        8192: _LOOP((1, 16, 3, 1), (1, 16, 1, 1), (1, 32, 1, 1)),
+    }
+    gather_rows = {
+        384: _GATHER_LOOP((2, 1, 8), (4, 4, 4), (8, 4, 2), (1, 1, 16)),
+        768: _GATHER_LOOP((1, 1, 8), (1, 1, 12), (2, 4, 4), (4, 4, 2), (1, 2, 8)),
+        1024: _GATHER_LOOP((1, 2, 6), (1, 2, 8), (1, 4, 5), (2, 4, 4)),
+        2048: _GATHER_LOOP((1, 4, 4), (1, 8, 4), (1, 2, 4)),
+        4096: _GATHER_LOOP((1, 8, 2), (1, 16, 2), (1, 4, 2)),
+        8192: _GATHER_LOOP((1, 16, 1), (1, 8, 1), (1, 32, 1)),
+    }
     dtypes = tuple(_DTYPES.values())
-    for hidden, rows in candidates.items():
+    for hidden, rows in forward_rows.items():
         name = launch.row_class(hidden)
         for backward, direction in ((False, "forward"), (True, "backward")):
             function = f"{direction}_kernel"
             norm = tuple(functools.partial(calls.layer_norm, hidden, dtype, backward) for dtype in dtypes)
-            yield Target(f"layer_norm_{direction}", name, "layer_norm", function, rows, norm)
+            candidates = backward_rows[hidden] if backward else rows
+            yield Target(f"layer_norm_{direction}", name, "layer_norm", function, candidates, norm)
             embedding = tuple(
                 functools.partial(calls.embedding, hidden, dtype, p, backward) for dtype in dtypes for p in (0.1, 0.0)
             )
-            yield Target(f"embedding_{direction}", name, "embedding_layer_norm", function, rows, embedding)
+            candidates = gather_rows[hidden] if backward else rows
+            yield Target(f"embedding_{direction}", name, "embedding_layer_norm", function, candidates, embedding)
         tables = tuple(functools.partial(calls.embedding, hidden, dtype, 0.0, True) for dtype in dtypes)
         warps = max(1, hidden // 512)
         chunk = _ROWS(*((several, factor * warps) for factor in (1, 2) for several in (4, 8, 2)))
@@ -167,7 +189,16 @@ def _product_targets() -> Iterator[Target]:
             for dtype in _DTYPES.values()
             for approximate in ("none", "tanh")
         )
-        blocks = _BLOCKS((4, 1024, 4), (2, 1024, 4), (1, 1024, 4), (8, 512, 4), (4, 512, 4), (2, 1024, 8), (1, 1024, 2))
+        blocks = (
+            _BLOCK_LOOP(
+                (1, 1024, 4, 1, 8), (1, 1024, 4, 3, 8), (1, 512, 2, 1, 16), (2, 1024, 4, 3, 5), (2, 1024, 4, 1, 6),
+                (2, 512, 2, 3, 10), (1, 1024, 4, 1, 10), (4, 1024, 4, 1, 4),
+            )
+            if backward
+            else _BLOCKS(
+                (2, 1024, 4), (4, 1024, 4), (1, 1024, 4), (2, 512, 2), (4, 512, 4), (2, 1024, 8), (1, 1024, 2)
+            )
+        )  # fmt: skip
         yield Target(f"bias_gelu_{direction}", "all", "bias_gelu", f"{direction}_kernel", blocks, gelu)
     large = {
         16: _LINEAR(

@@ -16,6 +16,7 @@ The two gradients of y1, from the product and from the residual, are added up in
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
@@ -98,6 +99,13 @@ def _best(op: str, x: Tensor, dtype: torch.dtype, p: float = 0.0) -> Any:
     return select.best(op, select.Request(x.device.type, dtype, p, index=x.device.index))
 
 
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What is launched goes to ``device``, and implementations are chosen by its facts."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
 _FUSED = "bias_dropout_residual_layer_norm"
 
 
@@ -110,7 +118,7 @@ class _AfterAttention(torch.autograd.Function):
         p = Parameters(*tensors)
         fused1, fused2 = (_best(_FUSED, x, dtypes.hidden, one).forward for one in (settings.p1, settings.p2))
         linear_gelu = _best("linear_gelu", x, dtypes.product).forward
-        with torch.autocast(x.device.type, enabled=False):
+        with _on(x.device), torch.autocast(x.device.type, enabled=False):
             projected = F.linear(context, p.out_weight).to(dtypes.hidden)
             y1, z1, mean1, rstd1 = fused1(
                 projected, p.out_bias, x, p.norm1_weight, p.norm1_bias, settings.eps1, settings.p1, seed1, True
@@ -145,7 +153,7 @@ class _AfterAttention(torch.autograd.Function):
         needs_context, _, *rest = ctx.needs_input_grad
         needs = Parameters(*rest[: len(Parameters._fields)])
         fused1, fused2 = (_best(_FUSED, z1, hidden, one).backward for one in (settings.p1, settings.p2))
-        with torch.autocast(z1.device.type, enabled=False):
+        with _on(z1.device), torch.autocast(z1.device.type, enabled=False):
             dresidual, dprojected, *grads2 = fused2(
                 dy2, None, z2, norm2_weight, mean2, rstd2, settings.p2, seed2,
                 [needs.down_bias, needs.norm2_weight, needs.norm2_bias],

@@ -42,14 +42,6 @@ class _Layer(NamedTuple):
     norm2: nn.LayerNorm
 
 
-class _Plan(NamedTuple):
-    """The layers, and what the parameters were when the modules were found to be plain."""
-
-    layers: tuple[_Layer, ...]
-    dtype: torch.dtype
-    facts: list[Any]
-
-
 def unserved(x: Tensor) -> str | None:
     """Why no encoder can take states like ``x`` this way, in one sentence; None when one can."""
     if torch.is_grad_enabled():
@@ -65,20 +57,23 @@ def unserved(x: Tensor) -> str | None:
 
 def forward(encoder: Any, x: Tensor, packing: Packing, projections: dict[nn.Module, Projection]) -> Tensor | None:
     """``[T, H]`` -> ``[T, H]``; None where the layers have to be called one by one."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return forward(encoder, x, packing, projections)
     if not projections or unserved(x) is not None:
         return None
     plan = _plan(encoder, x.dtype)
-    if plan is None:
+    if not plan:
         return None
     device, index, dtype = x.device.type, x.device.index, x.dtype
-    size = max(layer.attend.attention_head_size for layer in plan.layers)
+    size = max(layer.attend.attention_head_size for layer in plan)
     if select.table("attention").choose(None, select.Request(device, dtype, 0.0, size)) != "triton":
         return None
     attention = select.load("attention", "triton").forward
     linear_gelu = select.best("linear_gelu", select.Request(device, dtype)).forward
     fused = select.best("bias_dropout_residual_layer_norm", select.Request(device, dtype, index=index)).forward
     cu_seqlens, max_seqlen = packing.cu_seqlens, packing.max_seqlen
-    for layer in plan.layers:
+    for layer in plan:
         attend = layer.attend
         projection = projections[attend]
         qkv = F.linear(x, projection.weight, projection.bias)
@@ -95,33 +90,36 @@ def forward(encoder: Any, x: Tensor, packing: Packing, projections: dict[nn.Modu
     return x
 
 
-def _plan(encoder: Any, dtype: torch.dtype) -> _Plan | None:
-    """The plan that the encoder has for states of ``dtype``, or a new one where something has changed."""
+def _plan(encoder: Any, dtype: torch.dtype) -> list[_Layer]:
+    """The layers, for states of ``dtype``; none where a part is not what it seems or computes something else.
+
+    They are kept, with what their parameters were, until something has changed.
+    """
     kept: Snapshot | None = encoder.__dict__.get("_inference")
     if kept is not None and kept.holds(encoder):
-        found: _Plan | None = kept.found
-        if found is None or (found.dtype == dtype and list(map(_FACTS, kept.tensors)) == found.facts):
+        found: list[_Layer]
+        found, facts = kept.found
+        if facts == [dtype, *map(_FACTS, kept.tensors)]:
             return found
     # Before anything is looked at: what another thread changes meanwhile is then seen next time.
     made = Snapshot(encoder, encoder.modules(), tensors=True)
-    made.found = _new_plan(encoder, dtype, made.tensors)
-    encoder._inference = made
-    return made.found
+    facts = [dtype, *map(_FACTS, made.tensors)]
+    found = _new_plan(encoder) if all(tensor.dtype == dtype for tensor in made.tensors) else []
+    made.found = found, facts
+    encoder.__dict__["_inference"] = made
+    return found
 
 
-def _new_plan(encoder: Any, dtype: torch.dtype, tensors: list[Tensor]) -> _Plan | None:
-    """A plan; None where a part is not what it seems or computes something else."""
-    facts = list(map(_FACTS, tensors))
-    everything = list(encoder.modules())
-    if layers.unusual(encoder, layers.BertEncoder) or any(map(_is_called, everything)):
-        return None
+def _new_plan(encoder: Any) -> list[_Layer]:
+    if layers.unusual(encoder, layers.BertEncoder) or any(map(_is_called, encoder.modules())):
+        return []
     found = []
     for layer in encoder.layer:
         if layers.unusual(layer, layers.BertLayer) or layer.unfused() is not None:
-            return None
+            return []
         attend: Any = layer.attention.self
         if layers.unusual(attend, layers.BertSelfAttention) or attend.unfused() is not None:
-            return None
+            return []
         out, up, down = layer.attention.output, layer.intermediate, layer.output
         approximate = layers.gelu_approximation(up.intermediate_act_fn)
         assert approximate is not None
@@ -131,9 +129,9 @@ def _new_plan(encoder: Any, dtype: torch.dtype, tensors: list[Tensor]) -> _Plan 
             *(down.dense.weight, down.dense.bias, down.LayerNorm),
         )
         if not _fits(made, *attend.query.weight.shape):
-            return None
+            return []
         found.append(made)
-    return _Plan(tuple(found), dtype, facts) if found and all(t.dtype == dtype for t in tensors) else None
+    return found
 
 
 def _is_called(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from ops import problems
 from ops.problems import bias_gelu
 
 from fastbert import ops
+from fastbert.backends import select
 
 implementations = pytest.mark.parametrize("impl", bias_gelu().implementations())
 forms = pytest.mark.parametrize("approximate", ["none", "tanh"])
@@ -27,6 +28,15 @@ def test_empty_batch_case_11(shape):
 @pytest.mark.many_programs
 def test_more_than_65536_rows_case_20():
     bias_gelu((65_537, 9)).check()
+
+
+@pytest.mark.skipif("triton" not in bias_gelu().implementations(), reason="Triton's kernels don't run here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(100, 40), (9, 1030), (3, 9000)], ids=str)
+def test_more_rows_than_programs(shape, dtype, monkeypatch):
+    """On a small device a program of the backward goes on to further rows, and every block of columns has one."""
+    monkeypatch.setattr(select.load("bias_gelu", "triton"), "multiprocessors", lambda device: 1)
+    bias_gelu(shape, dtype).check("triton")
 
 
 @implementations

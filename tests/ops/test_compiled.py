@@ -100,6 +100,8 @@ def check_accesses(report, what):
     each = rows_of_a_program(launch) * size / (32 * report.warps * 16)
     for name, tensors in (("LDG", read), ("STG", written)):
         wide = report.instructions.get(f"{name}.128", 0) + 2 * report.instructions.get(f"{name}.256", 0)
+        if name == "LDG":
+            wide += report.instructions.get("LDGSTS.128", 0)
         assert wide >= tensors * each, f"{what} has {report.instructions} on {report.capability}, not {tensors * each}"
 
 

@@ -6,6 +6,7 @@ from ops import problems
 from ops.problems import EPS, embedding_layer_norm
 
 from fastbert import ops
+from fastbert.backends import select
 
 IMPLEMENTATIONS = embedding_layer_norm().implementations()
 implementations = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -22,6 +23,14 @@ def test_sizes_case_26(hidden, p, dtype):
 @pytest.mark.parametrize("padding_idx", [None, 0, 3])
 def test_padding_row_and_ids_case_16(padding_idx, ids_dtype):
     embedding_layer_norm(padding_idx=padding_idx, ids_dtype=ids_dtype).check()
+
+
+@pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="Triton's kernels don't run here")
+@pytest.mark.parametrize("hidden", [24, 520])
+def test_more_tokens_than_programs(hidden, monkeypatch):
+    """On a small device a program of the backward goes on to further tokens."""
+    monkeypatch.setattr(select.load("embedding_layer_norm", "triton"), "multiprocessors", lambda device: 1)
+    embedding_layer_norm(hidden=hidden).check("triton")
 
 
 def test_empty_batch_case_11():

@@ -6,6 +6,7 @@ from ops import problems
 from ops.problems import layer_norm
 
 from fastbert import ops
+from fastbert.backends import select
 
 IMPLEMENTATIONS = layer_norm().implementations()
 implementations = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
@@ -34,6 +35,15 @@ def test_one_column():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_than_65536_rows_case_20(dtype):
     layer_norm((65_537, 9), dtype).check()
+
+
+@pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="Triton's kernels don't run here")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(99, 40), (50, 700), (25, 1000)], ids=str)
+def test_more_rows_than_programs(shape, dtype, monkeypatch):
+    """On a small device a program of the backward goes on to further rows."""
+    monkeypatch.setattr(select.load("layer_norm", "triton"), "multiprocessors", lambda device: 1)
+    layer_norm(shape, dtype).check("triton")
 
 
 @implementations

@@ -3,9 +3,10 @@
 =========  =======================================================================================
 forward    reads x, writes y: a program has a block of rows and columns
 backward   reads dy and x, writes dx; x + bias and its GELU are computed again, nothing is saved
-bias       its gradient is a sum over rows: a fixed number of programs for each block of columns
-           add up rows in a fixed order into a row each of a float32 buffer, and the buffer's rows
-           are added up afterwards, so runs agree bit for bit
+bias       its gradient is a sum over rows: for each block of columns as many programs as together
+           fill the device add up rows in a fixed order into a row each of a float32 buffer, and the
+           buffer's rows are added up afterwards, so runs on one device agree bit for bit
+order      programs next to each other have columns next to each other
 traffic    4 bytes an element forward and 6 backward in 16 bits
 =========  =======================================================================================
 """
@@ -18,10 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch
-from fastbert.backends.triton_utils import jit, normal, rows_of
-
-# Rows of the buffer of partial sums.
-_PARTIALS = 256
+from fastbert.backends.triton_utils import gelu, gelu_grad, jit, multiprocessors, rows_of
 
 
 @jit(do_not_specialize=["rows"])
@@ -30,14 +28,14 @@ def forward_kernel(
     TANH: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A block ``[ROWS, COLUMNS]`` of y."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    blocks = tl.cdiv(columns, COLUMNS)
+    row = (tl.program_id(0) // blocks).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = (row < rows) & (column < columns)
     h = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         h += tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
-    phi, _ = normal(h, TANH)
-    y = h * phi
+    y = gelu(h, TANH, SHORT=x_ptr.dtype.element_ty != tl.float32)
     tl.store(y_ptr + row * columns + column, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -45,23 +43,23 @@ def forward_kernel(
 def backward_kernel(
     dy_ptr, stride_dy, x_ptr, stride_x, bias_ptr, dx_ptr, partial_ptr, rows, columns,
     TANH: tl.constexpr, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    NEEDS_DX: tl.constexpr, NEEDS_SUM: tl.constexpr,
+    NEEDS_DX: tl.constexpr, NEEDS_SUM: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Every ``programs``-th group of rows in one block of columns: dx, and a row of partial ``[programs, columns]``."""
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    blocks = tl.cdiv(columns, COLUMNS)
+    program, programs = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    column = tl.program_id(0) % blocks * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     if HAS_BIAS:
         bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
     dbias = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for start in range(program * ROWS, rows, programs * ROWS):
+    for start in tl.range(program * ROWS, rows, programs * ROWS, num_stages=STAGES):
         row = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
         inside = (row < rows) & (column < columns)
         dy = tl.load(dy_ptr + row * stride_dy + column, mask=inside, other=0.0).to(tl.float32)
         h = tl.load(x_ptr + row * stride_x + column, mask=inside, other=0.0).to(tl.float32)
         if HAS_BIAS:
             h += bias
-        phi, density = normal(h, TANH)
-        dx = dy * (phi + h * density)
+        dx = dy * gelu_grad(h, TANH, SHORT=x_ptr.dtype.element_ty != tl.float32)
         if NEEDS_DX:
             tl.store(dx_ptr + row * columns + column, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         if NEEDS_SUM:
@@ -79,8 +77,7 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
         return y
     flat = rows_of(x)
     options = launch.options("bias_gelu_forward", "all")
-    grid = (triton.cdiv(flat.shape[0], options["ROWS"]), triton.cdiv(columns, options["COLUMNS"]))
-    forward_kernel[grid](
+    forward_kernel[(triton.cdiv(flat.shape[0], options["ROWS"]) * triton.cdiv(columns, options["COLUMNS"]),)](
         flat, flat.stride(0), flat if bias is None else bias.contiguous(), y, flat.shape[0], columns,
         TANH=approximate == "tanh", HAS_BIAS=bias is not None, **options,
     )  # fmt: skip
@@ -96,11 +93,13 @@ def backward(
     flat_dy, flat_x = rows_of(dy), rows_of(x)
     rows = flat_x.shape[0]
     options = launch.options("bias_gelu_backward", "all")
-    programs = min(triton.cdiv(rows, options["ROWS"]), _PARTIALS)
+    blocks = triton.cdiv(columns, options["COLUMNS"])
+    resident = options.pop("PROGRAMS") * multiprocessors(x.device)
+    programs = min(triton.cdiv(rows, options["ROWS"]), max(1, resident // blocks))
     dx = x.new_empty(x.shape if needs_dx else 0)
     partial = x.new_empty((programs, columns if needs_sum else 0), dtype=torch.float32)
     if x.numel() > 0 and (needs_dx or needs_sum):
-        backward_kernel[programs, triton.cdiv(columns, options["COLUMNS"])](
+        backward_kernel[(programs * blocks,)](
             flat_dy, flat_dy.stride(0), flat_x, flat_x.stride(0), flat_x if bias is None else bias.contiguous(),
             dx, partial, rows, columns,
             TANH=approximate == "tanh", HAS_BIAS=bias is not None, NEEDS_DX=needs_dx, NEEDS_SUM=needs_sum, **options,

@@ -2,7 +2,7 @@
 
 A program has a few tokens: it gathers their rows of the three tables, adds them up in float32 and keeps the sums in
 registers, in two pieces whose sizes are powers of two, 768 as 512 + 256. The gradients of the tables are made without
-atomics, so runs agree bit for bit:
+atomics, so runs on one device agree bit for bit:
 
 1. ids are sorted, stably. A segment is all tokens of one id, next to each other in that order; chunks are every
    ``_CHUNK`` neighbours in it. The part of a segment that lies in one chunk belongs to one program, which adds up its
@@ -18,9 +18,9 @@ forward    reads ids and three rows a token, writes y, mean and rstd
 backward   reads the same, dy, mean and rstd, adds up the rows again and writes the gradient of the
            sum, in the dtype of the tables; for each table this is then read once, and written are
            zeros for the whole table and the rows of the ids that occur
-weights    the gradients of weight and bias are sums over tokens: a fixed number of programs add up
-           rows in a fixed order into a row each of a float32 buffer, and the buffer's rows are
-           added up afterwards
+weights    the gradients of weight and bias are sums over tokens: as many programs as fill the
+           device add up rows in a fixed order into a row each of a float32 buffer, and the buffer's
+           rows are added up afterwards
 saved      mean and rstd; the sum is looked up, and the mask drawn, again
 traffic    4 bytes an element of y forward and 12 backward in 16 bits while the smaller tables stay
            in the cache, and 4 an element of each table
@@ -35,10 +35,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch, philox
-from fastbert.backends.triton_utils import SEEDS, hidden_keep, jit, pieces, rows_of
+from fastbert.backends.triton_utils import SEEDS, hidden_keep, jit, multiprocessors, pieces, rows_of
 
-# Rows of the buffer of partial sums for weight and bias: several for each multiprocessor of the largest GPUs.
-_PARTIALS = 512
 # Tokens whose gradients one program adds up, a few of them at once: with 32k tokens of one id and four at once that is
 # 16 loads after one another, and then 32 for the parts.
 _CHUNK = 64
@@ -371,7 +369,7 @@ def backward(
     tokens, hidden = dy.shape
     needs_dhidden, needs_sums = any(output_mask[:3]), any(output_mask[3:])
     options = launch.options("embedding_backward", launch.row_class(hidden))
-    programs = min(triton.cdiv(tokens, options["ROWS"]), _PARTIALS)
+    programs = min(triton.cdiv(tokens, options["ROWS"]), options.pop("PROGRAMS") * multiprocessors(dy.device))
     dhidden = dy.new_empty((tokens if needs_dhidden else 0, hidden), dtype=word.dtype)
     partial = dy.new_empty((2, programs if needs_sums else 0, hidden), dtype=torch.float32)
     if tokens > 0 and (needs_dhidden or needs_sums):

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch
-from fastbert.backends.triton_utils import dot, dot_precision, jit, normal, rows_of
+from fastbert.backends.triton_utils import dot, dot_precision, gelu, jit, rows_of
 from fastbert.ops.linear_gelu.gradients import backward
 
 __all__ = ["backward", "forward"]
@@ -49,8 +49,8 @@ def _store(
         hidden += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[None, :]
     if NEEDS_HIDDEN:
         tl.store(hidden_ptr + offset, hidden.to(hidden_ptr.dtype.element_ty), mask=inside)
-    phi, _ = normal(hidden, TANH)
-    tl.store(y_ptr + offset, (hidden * phi).to(y_ptr.dtype.element_ty), mask=inside)
+    y = gelu(hidden, TANH, SHORT=y_ptr.dtype.element_ty != tl.float32)
+    tl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @jit(do_not_specialize=["M"])

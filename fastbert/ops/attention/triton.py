@@ -43,13 +43,19 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @jit
-def _sequence_of(slot, cu_seqlens_ptr, sequences, steps, BLOCK: tl.constexpr):
+def _offset(cu_seqlens_ptr, index, rows):
+    """The offset at ``index``. One outside of the tensors is the caller's error, and must not lead there."""
+    return tl.minimum(tl.maximum(tl.load(cu_seqlens_ptr + index), 0), rows)
+
+
+@jit
+def _sequence_of(slot, cu_seqlens_ptr, rows, sequences, steps, BLOCK: tl.constexpr):
     """The last sequence whose first program is ``slot`` or before it, found in ``steps`` halvings."""
     low = slot * 0
     high = low + sequences
     for _ in range(steps):
         middle = (low + high) // 2
-        before = tl.load(cu_seqlens_ptr + middle) // BLOCK + middle <= slot
+        before = _offset(cu_seqlens_ptr, middle, rows) // BLOCK + middle <= slot
         low = tl.where(before, middle, low)
         high = tl.where(before, high, middle)
     return low
@@ -63,11 +69,9 @@ def _place(pid, cu_seqlens_ptr, rows, heads, sequences, steps, BLOCK: tl.constex
     if WHOLE:
         sequence = tl.minimum(slot, tl.maximum(sequences - 1, 0))
     else:
-        sequence = _sequence_of(slot, cu_seqlens_ptr, sequences, steps, BLOCK)
-    first = tl.load(cu_seqlens_ptr + sequence)
-    # Offsets that don't ascend to at most T are the caller's error; they must not lead out of the tensors.
-    end = tl.load(cu_seqlens_ptr + tl.minimum(sequence + 1, sequences))
-    length = tl.minimum(end, rows) - tl.maximum(first, 0)
+        sequence = _sequence_of(slot, cu_seqlens_ptr, rows, sequences, steps, BLOCK)
+    first = _offset(cu_seqlens_ptr, sequence, rows)
+    length = _offset(cu_seqlens_ptr, tl.minimum(sequence + 1, sequences), rows) - first
     start = 0 if WHOLE else (slot - first // BLOCK - sequence) * BLOCK
     return head, slot, sequence, first.to(tl.int64), length, start
 
@@ -92,7 +96,7 @@ def _clear(
     BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Zeros in this program's share of the rows of no sequence, for one head."""
-    used = tl.load(cu_seqlens_ptr + sequences)
+    used = _offset(cu_seqlens_ptr, sequences, rows)
     for start in range(used + slot * BLOCK, rows, slots * BLOCK):
         row = start + tl.arange(0, BLOCK).to(tl.int64)
         _put(ptr, row, stride_row, column, row < rows, tl.zeros([BLOCK, BLOCK_D], tl.float32), D, BLOCK_D)
@@ -173,7 +177,7 @@ def forward_kernel(
         _put(head_out_ptr, row, heads * D, column, valid, out, D, BLOCK_D)
         tl.store(head_lse_ptr + row, (m + tl.log2(total)) * _LN_2, mask=valid)
     _clear(head_out_ptr, heads * D, cu_seqlens_ptr, rows, sequences, slot, slots, column, BLOCK_M, D, BLOCK_D)
-    for spare in range(tl.load(cu_seqlens_ptr + sequences) + slot * BLOCK_M, rows, slots * BLOCK_M):
+    for spare in range(_offset(cu_seqlens_ptr, sequences, rows) + slot * BLOCK_M, rows, slots * BLOCK_M):
         spare_row = spare + tl.arange(0, BLOCK_M)
         tl.store(head_lse_ptr + spare_row, tl.zeros([BLOCK_M], tl.float32), mask=spare_row < rows)
 

@@ -127,8 +127,14 @@ def test_more_than_65536_rows_case_20():
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_scale(impl):
-    attention(scale=0.1).check(impl)
+@pytest.mark.parametrize("scale", [0.1, 0.0, -0.3])
+def test_scale(scale, impl):
+    attention(scale=scale).check(impl)
+    attention(lengths=(5, 130), heads=1, scale=scale).check(impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_scale_is_one_over_the_root_of_the_head_size(impl):
     qkv, cu_seqlens = torch.randn(4, 3, 1, 9), problems.cumulative([4])
     default = ops.attention(qkv, cu_seqlens, 4, impl=impl)
     assert torch.equal(default, ops.attention(qkv, cu_seqlens, 4, scale=1.0 / 3.0, impl=impl))

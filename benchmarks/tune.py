@@ -76,6 +76,8 @@ def _tiles(names: tuple[str, ...], *values: tuple[int, ...]) -> tuple[Options, .
 
 _WHOLE = functools.partial(_tiles, ("num_warps", "num_stages"))
 _ATTENTION = functools.partial(_tiles, ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
+# With the most registers of a thread: with 128, eight warps fit twice; with 168, four warps fit three times.
+_CAPPED = functools.partial(_tiles, ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg"))
 _LINEAR = functools.partial(_tiles, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"))
 _PERSISTENT = functools.partial(
     _tiles, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "PARTS", "PROGRAMS", "DELAY", "num_warps", "num_stages")
@@ -88,16 +90,17 @@ _GATHER_LOOP = functools.partial(_tiles, ("ROWS", "num_warps", "PROGRAMS"))
 _BLOCK_LOOP = functools.partial(_tiles, ("ROWS", "COLUMNS", "num_warps", "STAGES", "PROGRAMS"))
 
 _FORWARD_LONG = {
-    16: _ATTENTION((128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2),
-                   (128, 32, 4, 3), (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2),
-                   (64, 64, 8, 2), (64, 32, 8, 2)),
+    16: _CAPPED((128, 64, 8, 3, 128), (64, 64, 4, 3, 168)) + _ATTENTION(
+        (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2), (128, 32, 4, 3),
+        (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)
+    ),
     32: _ATTENTION((64, 32, 4, 2), (64, 16, 4, 2), (64, 16, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 2),
                    (32, 16, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2)),
 }  # fmt: skip
 # The block that stays is [BLOCK_M] queries for dq and [BLOCK_N] keys for dk and dv.
 _BACKWARD_LONG = {
-    16: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2),
-         (32, 32, 4, 2), (32, 32, 8, 2)),
+    16: ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2),
+         (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
     32: ((32, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2), (32, 16, 4, 2), (16, 32, 8, 2), (16, 32, 4, 2),
          (16, 16, 4, 2), (16, 16, 8, 2)),
 }  # fmt: skip
@@ -107,10 +110,16 @@ _DTYPES = {16: torch.bfloat16, 32: torch.float32}
 def _attention_targets() -> Iterator[Target]:
     for bits, size in itertools.product(_DTYPES, (32, 64, 128)):
 
-        def of(max_seqlen: int, backward: bool, bits: int = bits, size: int = size) -> tuple[Call, ...]:
+        def of(
+            max_seqlen: int,
+            backward: bool,
+            dropouts: tuple[float, ...] = (0.1, 0.0),
+            bits: int = bits,
+            size: int = size,
+        ) -> tuple[Call, ...]:
             return tuple(
                 functools.partial(calls.attention, HEADS, size, _DTYPES[bits], max_seqlen, p, backward)
-                for p in (0.1, 0.0)
+                for p in dropouts
             )
 
         name = f"{bits} bits, D <= {size}"
@@ -125,14 +134,15 @@ def _attention_targets() -> Iterator[Target]:
             yield Target(
                 "attention_backward", shape_class, "attention", "backward_short_kernel", backward, of(keys, True)
             )
-        shape_class = f"{name}, long"
-        yield Target(
-            "attention_forward", shape_class, "attention", "forward_kernel", _FORWARD_LONG[bits], of(512, False)
-        )
-        dq = _ATTENTION(*_BACKWARD_LONG[bits])
-        dkv = _ATTENTION(*((other, stays, warps, stages) for stays, other, warps, stages in _BACKWARD_LONG[bits]))
-        yield Target("attention_backward_dq", shape_class, "attention", "backward_dq_kernel", dq, of(512, True))
-        yield Target("attention_backward_dkv", shape_class, "attention", "backward_dkv_kernel", dkv, of(512, True))
+        for shape_class, p in ((f"{name}, long", 0.0), (f"{name}, long, dropout", 0.1)):
+            tiles, calls_of = _FORWARD_LONG[bits], functools.partial(of, 512, dropouts=(p,))
+            yield Target("attention_forward", shape_class, "attention", "forward_kernel", tiles, calls_of(False))
+            dq = _ATTENTION(*_BACKWARD_LONG[bits])
+            if bits == 16:
+                dq = _CAPPED((128, 64, 8, 3, 128)) + dq
+            dkv = _ATTENTION(*((other, stays, warps, stages) for stays, other, warps, stages in _BACKWARD_LONG[bits]))
+            yield Target("attention_backward_dq", shape_class, "attention", "backward_dq_kernel", dq, calls_of(True))
+            yield Target("attention_backward_dkv", shape_class, "attention", "backward_dkv_kernel", dkv, calls_of(True))
 
 
 def _row_targets() -> Iterator[Target]:

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch, philox
-from fastbert.backends.triton_utils import hidden_keep, jit, pieces, rows_of
+from fastbert.backends.triton_utils import hidden_keep, hidden_words, jit, pieces, rows_of
 
 # Rows of the buffer of partial sums for weight and bias: several for each multiprocessor of the largest GPUs.
 _PARTIALS = 512
@@ -70,10 +70,7 @@ def _keep(seed_ptr, token, threshold, H: tl.constexpr, START: tl.constexpr, SIZE
         return hidden_keep(seed, token[:, None] * (H // 8) + group[None, :], threshold)
     # Groups of eight elements cross rows: every element asks for its own.
     element = token[:, None] * H + START + tl.arange(0, SIZE)[None, :]
-    group = element >> 3
-    zero = tl.zeros(element.shape, dtype=tl.uint32)
-    low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
+    w0, w1, w2, w3 = hidden_words(seed, element >> 3)
     word = tl.where((element & 4) == 0, tl.where((element & 2) == 0, w0, w1), tl.where((element & 2) == 0, w2, w3))
     draw = tl.where((element & 1) == 0, word & 0xFFFF, word >> 16)
     return draw.to(tl.int32) < threshold

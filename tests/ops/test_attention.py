@@ -93,7 +93,7 @@ def test_at_most_one_token_case_11_12_and_20(lengths, spare, p):
     if p > 0.0:
         sequence = torch.tensor([index for index, length in enumerate(lengths) if length])
         keep = philox.attention_mask(torch.tensor([problems.SEED]), sequence.long(), 2, 1, 1, p)
-        factor = keep[:, :, 0] * philox.scale(p)
+        factor = keep[:, :, 0] * philox.attention_scale(p)
     for impl in problem.implementations():
         output = problem.actual(qkv, impl=impl)
         (gradient,) = torch.autograd.grad(output, qkv, problem.dy)
@@ -204,7 +204,7 @@ def test_kept_fraction_case_26(impl):
     qkv = uniform([128, 128], 8)
     output = ops.attention(qkv, problems.cumulative([128, 128]), 128, dropout_p=0.1, impl=impl)
     assert abs((output != 0).double().mean().item() - 0.9) < 0.01
-    torch.testing.assert_close(output[output != 0].unique(), torch.tensor([philox.scale(0.1) / 128]))
+    torch.testing.assert_close(output[output != 0].unique(), torch.tensor([philox.attention_scale(0.1) / 128]))
 
 
 @pytest.mark.parametrize("impl", DROPPING)

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch, philox
-from fastbert.backends.triton_utils import SEEDS, attention_keep, dot, dot_precision, jit
+from fastbert.backends.triton_utils import SEEDS, attention_draws, attention_drop, dot, dot_precision, jit
 
 # Numbers that change from batch to batch: a kernel isn't compiled again for them.
 _COUNTS = ("rows", "heads", "sequences", "steps", "slots", "query_slots", "threshold")
@@ -105,16 +105,9 @@ def _clear(
 
 
 @jit
-def _keep(seed_ptr, sequence, head, query, first_key, threshold, BLOCK_N: tl.constexpr):
-    """The keep mask ``[M, BLOCK_N]`` of the queries and of the keys from ``first_key``, a multiple of 8, on."""
-    group = first_key // 8 + tl.arange(0, BLOCK_N // 8)
-    return attention_keep(tl.load(seed_ptr), sequence, head, query, group, threshold)
-
-
-@jit
 def _attend(
     q, acc, m, total, k_ptr, v_ptr, stride_row, first, start_n, length, column, scale2,
-    seed_ptr, sequence, head, query, threshold,
+    seed_ptr, sequence, head, start, threshold,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -138,10 +131,12 @@ def _attend(
         p = tl.exp2(s * scale2 - m_new[:, None])
     alpha = tl.exp2(m - m_new)
     total = total * alpha + tl.sum(p, 1)
-    if DROPOUT:
-        p = tl.where(_keep(seed_ptr, sequence, head, query, start_n, threshold, BLOCK_N), p, 0.0)
     v = _tile(v_ptr + above, row, stride_row, column, valid, D, BLOCK_D)
-    acc = dot(p.to(v.dtype), v, acc * alpha[:, None], PRECISION)
+    p = p.to(v.dtype)
+    if DROPOUT:
+        draws = attention_draws(tl.load(seed_ptr), sequence, head, start, start_n, q.shape[0], BLOCK_N, False)
+        p = attention_drop(p, draws, threshold)
+    acc = dot(p, v, acc * alpha[:, None], PRECISION)
     return acc, m_new, total
 
 
@@ -182,12 +177,12 @@ def forward_kernel(
             for start_n in range(0, full, BLOCK_N):
                 acc, m, total = _attend(
                     q, acc, m, total, k_ptr, v_ptr, stride_row, first, start_n, length, column, scale2,
-                    seed_ptr, sequence, head, query, threshold,
+                    seed_ptr, sequence, head, start, threshold,
                     D, BLOCK_N, BLOCK_D, False, DROPOUT, PRECISION,
                 )  # fmt: skip
         acc, m, total = _attend(
             q, acc, m, total, k_ptr, v_ptr, stride_row, first, full, length, column, scale2,
-            seed_ptr, sequence, head, query, threshold,
+            seed_ptr, sequence, head, start, threshold,
             D, BLOCK_N, BLOCK_D, True, DROPOUT, PRECISION,
         )  # fmt: skip
         out = acc * (kept_scale / total)[:, None]
@@ -230,9 +225,9 @@ def backward_short_kernel(
         dp = dot(do, tl.trans(v), None, PRECISION)
         dropped = p
         if DROPOUT:
-            keep = _keep(seed_ptr, sequence, head, token, 0, threshold, BLOCK)
-            dropped = tl.where(keep, p, 0.0)
-            dp = tl.where(keep, dp * kept_scale, 0.0)
+            draws = attention_draws(tl.load(seed_ptr), sequence, head, start, start, BLOCK, BLOCK, False)
+            dropped = attention_drop(p, draws, threshold)
+            dp = attention_drop(dp * kept_scale, draws, threshold)
         dv = dot(tl.trans(dropped.to(do.dtype)), do, None, PRECISION) * kept_scale
         _put(dq_ptr + 2 * part, row, 3 * part, column, valid, dv, D, BLOCK_D)
         delta = tl.sum(p * dp, 1)
@@ -263,7 +258,7 @@ def _parted(pair):
 @jit
 def _dq_block(
     q, do, dq, delta, lse2, k_ptr, v_ptr, stride_row, first, start_n, length, column, scale2,
-    seed_ptr, sequence, head, query, threshold, kept_scale,
+    seed_ptr, sequence, head, start, threshold, kept_scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -280,8 +275,8 @@ def _dq_block(
     v = _tile(v_ptr + above, row, stride_row, column, valid, D, BLOCK_D)
     dp = dot(do, tl.trans(v), None, PRECISION)
     if DROPOUT:
-        keep = _keep(seed_ptr, sequence, head, query, start_n, threshold, BLOCK_N)
-        dp = tl.where(keep, dp * kept_scale, 0.0)
+        draws = attention_draws(tl.load(seed_ptr), sequence, head, start, start_n, q.shape[0], BLOCK_N, False)
+        dp = attention_drop(dp * kept_scale, draws, threshold)
     ds = p * (dp - delta[:, None])
     return dot(ds.to(k.dtype), k, dq, PRECISION)
 
@@ -309,7 +304,6 @@ def backward_dq_kernel(
     dq_ptr = dqkv_ptr + head * D
     if start < length:
         token = tl.arange(0, BLOCK_M)
-        query = start + token
         above = first + start
         row, valid = token.to(tl.int64), token < length - start
         q = _tile(q_ptr + above * stride_row, row, stride_row, column, valid, D, BLOCK_D)
@@ -330,12 +324,12 @@ def backward_dq_kernel(
             for start_n in range(0, full, BLOCK_N):
                 dq = _dq_block(
                     q, do, dq, delta, lse2, k_ptr, v_ptr, stride_row, first, start_n, length, column, scale2,
-                    seed_ptr, sequence, head, query, threshold, kept_scale,
+                    seed_ptr, sequence, head, start, threshold, kept_scale,
                     D, BLOCK_N, BLOCK_D, False, DROPOUT, PRECISION,
                 )  # fmt: skip
         dq = _dq_block(
             q, do, dq, delta, lse2, k_ptr, v_ptr, stride_row, first, full, length, column, scale2,
-            seed_ptr, sequence, head, query, threshold, kept_scale,
+            seed_ptr, sequence, head, start, threshold, kept_scale,
             D, BLOCK_N, BLOCK_D, True, DROPOUT, PRECISION,
         )  # fmt: skip
         _put(dq_ptr + above * (3 * heads * D), row, 3 * heads * D, column, valid, dq * scale, D, BLOCK_D)
@@ -390,11 +384,11 @@ def backward_dkv_kernel(
                 pt = tl.exp2(st * scale2 - lse2[None, :])
                 dropped = pt
                 if DROPOUT:
-                    keep = tl.trans(_keep(seed_ptr, sequence, head, start_m + query, start, threshold, BLOCK_N))
-                    dropped = tl.where(keep, pt, 0.0)
-                    dpt = tl.where(keep, dpt * kept_scale, 0.0)
+                    draws = attention_draws(tl.load(seed_ptr), sequence, head, start_m, start, BLOCK_M, BLOCK_N, True)
+                    dropped = attention_drop(pt, draws, threshold)
+                    dpt *= kept_scale
                 dv = dot(dropped.to(do.dtype), do, dv, PRECISION)
-                dst = pt * (dpt - delta[None, :])
+                dst = dropped * dpt - pt * delta[None, :]
                 dk = dot(dst.to(q.dtype), q, dk, PRECISION)
         dk_ptr = head_dk_ptr + above * (3 * part)
         _put(dk_ptr, key_row, 3 * part, column, key_valid, dk * scale, D, BLOCK_D)
@@ -457,7 +451,8 @@ def forward(
     sequences, steps, slots = _programs(cu_seqlens, rows, options["BLOCK_M"], whole is not None)
     forward_kernel[(slots * heads,)](
         qkv, *qkv.stride()[:3], cu_seqlens, out, lse, cu_seqlens if seed is None else seed,
-        rows, heads, sequences, steps, slots, abs(scale), philox.threshold(dropout_p), philox.scale(dropout_p),
+        rows, heads, sequences, steps, slots, abs(scale),
+        philox.attention_threshold(dropout_p), philox.attention_scale(dropout_p),
         D=size, BLOCK_D=_block_d(size), NEGATIVE=scale < 0.0, WHOLE=whole is not None, DROPOUT=seed is not None,
         PRECISION=dot_precision(), **options,
     )  # fmt: skip
@@ -484,7 +479,7 @@ def backward(
     whole = _whole("attention_backward", max_seqlen, qkv.dtype, size)
     operands = (dout, *dout.stride()[:2], qkv, *qkv.stride()[:3])
     seed_or_any = cu_seqlens if seed is None else seed
-    numbers = (scale, philox.threshold(dropout_p), philox.scale(dropout_p))
+    numbers = (scale, philox.attention_threshold(dropout_p), philox.attention_scale(dropout_p))
     constants = {"D": size, "BLOCK_D": _block_d(size), "DROPOUT": seed is not None, "PRECISION": dot_precision()}
     if whole is not None:
         sequences, steps, slots = _programs(cu_seqlens, rows, whole, True)

@@ -35,7 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch, philox
-from fastbert.backends.triton_utils import SEEDS, hidden_keep, jit, multiprocessors, pieces, rows_of
+from fastbert.backends.triton_utils import SEEDS, hidden_keep, hidden_words, jit, multiprocessors, pieces, rows_of
 
 # Tokens whose gradients one program adds up, a few of them at once: with 32k tokens of one id and four at once that is
 # 16 loads after one another, and then 32 for the parts.
@@ -68,10 +68,7 @@ def _keep(seed_ptr, token, threshold, H: tl.constexpr, START: tl.constexpr, SIZE
         return hidden_keep(seed, token[:, None] * (H // 8) + group[None, :], threshold)
     # Groups of eight elements cross rows: every element asks for its own.
     element = token[:, None] * H + START + tl.arange(0, SIZE)[None, :]
-    group = element >> 3
-    zero = tl.zeros(element.shape, dtype=tl.uint32)
-    low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
+    w0, w1, w2, w3 = hidden_words(seed, element >> 3)
     word = tl.where((element & 4) == 0, tl.where((element & 2) == 0, w0, w1), tl.where((element & 2) == 0, w2, w3))
     draw = tl.where((element & 1) == 0, word & 0xFFFF, word >> 16)
     return draw.to(tl.int32) < threshold

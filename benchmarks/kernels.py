@@ -81,8 +81,9 @@ class Launch:
 
     @property
     def dtype(self) -> str:
-        """Triton's name of the dtype of its first pointer."""
-        return next(kind[1:] for _, kind in self.signature if kind in ("*fp32", "*fp16", "*bf16"))
+        """Triton's name of the dtype of its first pointer or descriptor."""
+        found = (re.match(r"(?:\*|tensordesc<)(fp32|fp16|bf16)\b", kind) for _, kind in self.signature)
+        return next(match[1] for match in found if match is not None)
 
     def describe(self) -> str:
         """The constants that aren't evident from others, in a few words."""

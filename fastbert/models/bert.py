@@ -281,7 +281,7 @@ def _looked_through(model: hf.BertModel) -> tuple[str | None, str | None]:
         # Before the look: what another thread changes meanwhile is then seen next time.
         kept = Snapshot(model, model.modules())
         kept.found = _look_through(model)
-        model._looked_through = kept
+        model.__dict__["_looked_through"] = kept
     found: tuple[str | None, str | None] = kept.found
     return found
 

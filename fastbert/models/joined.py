@@ -81,7 +81,7 @@ def _plan(encoder: Any) -> _Plan:
     plan = made.found = _new_plan(attentions, list(map(_FACTS, made.tensors)))
     # A tensor that is a plain attribute may be replaced without a trace in the snapshot.
     watched = set(map(id, made.tensors))
-    encoder._joined = made if all(id(p) in watched for p in (*plan.weights, *plan.biases)) else None
+    encoder.__dict__["_joined"] = made if all(id(p) in watched for p in (*plan.weights, *plan.biases)) else None
     return plan
 
 

@@ -126,8 +126,10 @@ def _launch_problem(make: Callable[..., Any], *args: Any, **kwargs: Any) -> None
 
     problem = make(*args, **kwargs)
     leaves = {name: x.detach().requires_grad_() for name, x in problem.tensors.items()}
-    table = select.table(problem.op)
-    names = [name for name, one in table._implementations.items() if "triton" in name or one.name == "persistent"]
+    table, first = select.table(problem.op), next(iter(problem.tensors.values()))
+    request = select.Request("cuda", first.dtype, problem.dropout_p, 16)
+    able = [row.implementation for row in table.explain(request) if not row.reasons]
+    names = [name for name in able if name in ("triton", "cublas_triton", "persistent")]
     with mock.patch.object(select.Table, "choose", lambda self, impl, request: impl):
         for name in names:
             output = problem.actual(**leaves, impl=name)
@@ -139,6 +141,9 @@ def _work(folder: str, capability: int, check: bool, part: list[Job]) -> tuple[s
     from triton import knobs
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
+
+    from fastbert.backends import select, triton_utils
+    from fastbert.ops.linear_gelu import by_shape
 
     sys.path.insert(0, str(ROOT / "tests"))
     torch.set_num_threads(1)
@@ -156,7 +161,12 @@ def _work(folder: str, capability: int, check: bool, part: list[Job]) -> tuple[s
     knobs.compilation.listener = listen
     original = JITFunction.run
     failed = []
-    with mock.patch.object(JITFunction, "run", lambda self, *a, warmup, **k: original(self, *a, warmup=True, **k)):
+    with (
+        mock.patch.object(JITFunction, "run", lambda self, *a, warmup, **k: original(self, *a, warmup=True, **k)),
+        mock.patch.object(triton_utils, "capability", return_value=capability),
+        mock.patch.object(by_shape, "capability", return_value=capability),
+        mock.patch.object(select, "_capability", return_value=capability),
+    ):
         for job in part:
             try:
                 _launch(job)

@@ -17,7 +17,7 @@ from fastbert.ops.attention import triton as attention
 from fastbert.ops.bias_gelu import triton as bias_gelu
 from fastbert.ops.embedding_layer_norm import triton as embedding_layer_norm
 from fastbert.ops.layer_norm import triton as layer_norm
-from fastbert.ops.linear_gelu import by_shape
+from fastbert.ops.linear_gelu import by_shape, persistent
 from fastbert.ops.linear_gelu import triton as linear_gelu
 
 compiled_only = pytest.mark.skipif(
@@ -109,13 +109,15 @@ def launched(monkeypatch):
 def test_every_launch_fuses_multiply_adds(capability):
     """Whatever the default of the installed Triton is."""
     launches = kernels.all_launches(capability)
-    modules = (attention, bias_gelu, embedding_layer_norm, layer_norm, linear_gelu)
+    modules = (attention, bias_gelu, embedding_layer_norm, layer_norm, linear_gelu, persistent)
     kernels_there = {
         (module.__name__.split(".")[-2], name)
         for module in modules
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("kernel")
     }
+    if capability < 90:  # TMA's
+        kernels_there.remove(("linear_gelu", "persistent_kernel"))
     assert {(one.op, one.kernel) for one in launches} == kernels_there
     for one in launches:
         assert ("enable_fp_fusion", True) in one.options, one

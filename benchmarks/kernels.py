@@ -228,9 +228,13 @@ def _tool(name: str, *args: str) -> str:
 
 
 def _instructions(code: str) -> dict[str, int]:
-    """Accesses to global memory by width (LDGSTS copies to shared memory), by TMA and to the stack, and products."""
+    """Accesses to global memory by width (LDGSTS copies to shared memory), by TMA and to the stack, and products.
+
+    WARPGROUP are the starts of products by HGMMA and the waits for them.
+    """
     counts: Counter[str] = Counter()
-    for name in re.findall(r"\b(?:LDG|STG|LDGSTS|LDL|STL|UTMALDG|UTMASTG|HMMA|HGMMA|UTCHMMA|FFMA2?)\b(?:\.\w+)*", code):
+    names = "LDG|STG|LDGSTS|LDL|STL|UTMALDG|UTMASTG|HMMA|HGMMA|WARPGROUP|UTCHMMA|FFMA2?"
+    for name in re.findall(rf"\b(?:{names})\b(?:\.\w+)*", code):
         stem, *modifiers = name.split(".")
         if stem in ("LDG", "STG", "LDGSTS"):
             width = next((m for m in modifiers if m in ("64", "128", "256", "U8", "U16", "S8", "S16")), "32")

@@ -72,6 +72,7 @@ class Launch:
     """One compilation: a kernel, the types of its arguments, what is known of their values, and its options."""
 
     op: str
+    module: str
     kernel: str
     signature: tuple[tuple[str, str], ...]
     constants: tuple[tuple[str, Any], ...]
@@ -158,8 +159,15 @@ def _launch(op: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         if kind == "constexpr":
             constants.append((parameter.name, value))
         signature.append((parameter.name, kind))
-    name = kernel.fn.__name__
-    return Launch(op, name, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(values.items())))
+    return Launch(
+        op,
+        kernel.fn.__module__,
+        kernel.fn.__name__,
+        tuple(signature),
+        tuple(constants),
+        tuple(divisible),
+        tuple(sorted(values.items())),
+    )
 
 
 _POINTERS = {
@@ -180,7 +188,7 @@ def compile_launch(launch: Launch, capability: int) -> Report:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(f"fastbert.ops.{launch.op}.triton"), launch.kernel)
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
     names = [name for name, _ in launch.signature]
     source = ASTSource(
         fn=kernel,

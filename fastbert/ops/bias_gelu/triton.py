@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch
+from fastbert.backends.partial_sums import add_partials
 from fastbert.backends.triton_utils import gelu, gelu_grad, jit, multiprocessors, rows_of
 
 
@@ -97,7 +98,7 @@ def backward(
     resident = options.pop("PROGRAMS") * multiprocessors(x.device)
     programs = min(triton.cdiv(rows, options["ROWS"]), max(1, resident // blocks))
     dx = x.new_empty(x.shape if needs_dx else 0)
-    partial = x.new_empty((programs, columns if needs_sum else 0), dtype=torch.float32)
+    partial = x.new_empty((1, programs, columns if needs_sum else 0), dtype=torch.float32)
     if x.numel() > 0 and (needs_dx or needs_sum):
         backward_kernel[(programs * blocks,)](
             flat_dy, flat_dy.stride(0), flat_x, flat_x.stride(0), flat_x if bias is None else bias.contiguous(),
@@ -105,4 +106,4 @@ def backward(
             TANH=approximate == "tanh", HAS_BIAS=bias is not None, NEEDS_DX=needs_dx, NEEDS_SUM=needs_sum, **options,
         )  # fmt: skip
     dtype = x.dtype if bias is None else bias.dtype
-    return dx, partial.sum(0).to(dtype) if needs_sum else x.new_empty(0, dtype=dtype)
+    return dx, add_partials(partial, dtype)[0] if needs_sum else x.new_empty(0, dtype=dtype)

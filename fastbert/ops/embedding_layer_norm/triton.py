@@ -35,6 +35,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch, philox
+from fastbert.backends.partial_sums import add_partials
 from fastbert.backends.triton_utils import SEEDS, hidden_keep, hidden_words, jit, multiprocessors, pieces, rows_of
 
 # Tokens whose gradients one program adds up, a few of them at once: with 32k tokens of one id and four at once that is
@@ -382,6 +383,6 @@ def backward(
         _table_gradient(dhidden, table_ids, table, skipped) if wanted else table.new_empty(0)
         for table_ids, table, skipped, wanted in zip(ids, tables, (padding_idx, -1, -1), output_mask[:3], strict=True)
     )
-    sums = partial.sum(1).to(weight.dtype)
-    dweight, dbias = (sums[i].clone() if output_mask[3 + i] else weight.new_empty(0) for i in range(2))
+    sums = add_partials(partial, weight.dtype) if needs_sums else ()
+    dweight, dbias = (sums[i] if output_mask[3 + i] else weight.new_empty(0) for i in range(2))
     return *dtables, dweight, dbias

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch
+from fastbert.backends.partial_sums import add_partials
 from fastbert.backends.triton_utils import jit, multiprocessors, pieces, rows_of
 
 
@@ -156,6 +157,6 @@ def backward(
             flat_dy, flat_dy.stride(0), flat_x, flat_x.stride(0), weight.contiguous(), mean, rstd, dx, partial, rows,
             H=hidden, BLOCK=block, REST=rest, NEEDS_DX=needs_dx, NEEDS_SUMS=needs_sums, **options,
         )  # fmt: skip
-    sums = partial.sum(1).to(weight.dtype)
-    dweight, dbias = (sums[i].clone() if output_mask[1 + i] else weight.new_empty(0) for i in range(2))
+    sums = add_partials(partial, weight.dtype) if needs_sums else ()
+    dweight, dbias = (sums[i] if output_mask[1 + i] else weight.new_empty(0) for i in range(2))
     return dx, dweight, dbias

@@ -1,0 +1,47 @@
+"""The second stage of a sum over rows in Triton: what programs have added up in float32, added up in a fixed order."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastbert.backends.launch import fused
+from fastbert.backends.triton_utils import jit
+
+_ROWS, _COLUMNS, _WARPS = 256, 32, 8
+
+
+@jit(do_not_specialize=["rows"])
+def add_partials_kernel(
+    partial_ptr, first_ptr, second_ptr, rows, columns,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Of partial ``[1 or 2, rows, columns]``, a block of columns of one sum."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    partial_ptr += tl.program_id(1).to(tl.int64) * rows * columns
+    total = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+    for start in range(0, rows, ROWS):
+        row = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
+        total += tl.load(partial_ptr + row * columns + column[None, :], mask=(row < rows) & inside[None, :], other=0.0)
+    sums = tl.sum(total, 0).to(first_ptr.dtype.element_ty)
+    if tl.program_id(1) == 0:
+        tl.store(first_ptr + column, sums, mask=inside)
+    else:
+        tl.store(second_ptr + column, sums, mask=inside)
+
+
+def add_partials(partial: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """The sums over the middle dimension of float32 ``[1 or 2, rows, columns]``: ``[columns]`` each, in ``dtype``.
+
+    They are tensors of their own, not views of one, since an op may not return those.
+    """
+    sums = [partial.new_empty(partial.shape[2], dtype=dtype) for _ in range(partial.shape[0])]
+    if partial.shape[2] > 0:
+        add_partials_kernel[(triton.cdiv(partial.shape[2], _COLUMNS), partial.shape[0])](
+            partial, sums[0], sums[-1], partial.shape[1], partial.shape[2],
+            **fused({"ROWS": _ROWS, "COLUMNS": _COLUMNS, "num_warps": _WARPS}),
+        )  # fmt: skip
+    return tuple(sums)

@@ -2,6 +2,8 @@
 # test-versions: tests with the oldest supported and the newest transformers, torch and Triton; ONLY names some.
 # lock: renews those versions; HOLD names the packages that keep theirs.
 # gpu: builds for, and tests on, the GPUs of a machine whose PYTHON has torch; needs no network.
+# gpu-kit: compiles here what such a machine would, for one of compute capability 9.0 and the versions in
+#   requirements/gpu-kit.txt; PYTHON is of its minor version. `python -m benchmarks.gpu_kit unpack` is for there.
 #
 #   PYTHON  the interpreter of the virtual environment, 3.11 or later; for lock 3.11, so that pins fit the later ones
 #   ONLY    parts of names, such as "transformers torch-oldest"
@@ -19,6 +21,8 @@ PEERS := $(VENV)/peers
 PIP_READY := $(VENV)/pip
 TORCH_READY := $(VENV)/torch
 GPU_VENV := .venv-gpu
+KIT := .gpu-kit
+KIT_READY := $(KIT)/venv/ready
 # Machine code for the GPUs that are there. Where there are none, the demo does without; the tests read that of all
 # supported GPUs wherever they run.
 FOR_THIS_GPU := -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native
@@ -29,7 +33,7 @@ TRITON := requirements/triton.txt
 INSTALL := $(BIN)/python -m pip install --quiet --constraint $(LOCK) --build-constraint $(LOCK)
 SOURCES := pyproject.toml CMakeLists.txt $(LOCK) $(TRITON) $(shell find csrc -type f)
 
-.PHONY: demo test test-versions lint sanitize bench lock gpu clean
+.PHONY: demo test test-versions lint sanitize bench lock gpu gpu-kit clean
 
 demo: $(DEMO)
 	$(BIN)/fastbert compare
@@ -63,6 +67,14 @@ gpu:
 	$(GPU_VENV)/bin/python -m pip install --quiet --no-index --no-deps --no-build-isolation $(GPU_BUILD) --editable .
 	$(GPU_VENV)/bin/python -m benchmarks.gpu
 
+gpu-kit: $(KIT_READY)
+	$(KIT)/venv/bin/python -m benchmarks.gpu_kit make $(KIT)/made
+
+$(KIT_READY): requirements/gpu-kit.txt
+	$(PYTHON) -m venv $(KIT)/venv
+	$(KIT)/venv/bin/python -m pip install --quiet --requirement requirements/gpu-kit.txt
+	touch $@
+
 lock: $(PIP_READY)
 	$(BIN)/python -m pip install --quiet packaging
 	$(BIN)/python requirements/lock.py $(HOLD)
@@ -93,4 +105,4 @@ $(PEERS): $(SOURCES) | $(TORCH_READY)
 	touch $(DEMO) $@
 
 clean:
-	rm -rf $(VENV) $(GPU_VENV) .venv-versions build dist
+	rm -rf $(VENV) $(GPU_VENV) $(KIT) .venv-versions build dist

@@ -36,7 +36,8 @@ demo: $(DEMO)
 
 test: lint
 	$(BIN)/python -m pytest tests
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 tests/ops tests/models/test_kernels.py
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 tests/ops tests/models/test_kernels.py \
+		tests/models/test_encoder_inference.py
 
 test-versions: $(READY)
 	$(BIN)/python tests/versions.py $(addprefix --only ,$(ONLY))

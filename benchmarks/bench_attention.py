@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastbert import ops
 
@@ -15,6 +17,9 @@ from .shapes import DOCUMENTS, MODELS, SENTENCES, Batch, Model, drawn, even, ful
 from .suite import TORCH, Case, Peer, op_cases, op_contest
 
 _FLASH = "flash-attn"
+# PyTorch's attention held to one of its kernels; neither takes the mask of a padded batch.
+_PINNED = {"torch sdpa, flash": SDPBackend.FLASH_ATTENTION, "torch sdpa, cuDNN": SDPBackend.CUDNN_ATTENTION}
+_PEERS = (_FLASH, *_PINNED)
 
 
 def cases(device: str) -> list[Case]:
@@ -28,8 +33,8 @@ def cases(device: str) -> list[Case]:
         shapes = [(model, full(64, 512)) for model in MODELS.values()]
         shapes += [(base, even(64, 512, 0.5)), (base, full(256, 128)), (base, drawn("sentences", 512, SENTENCES))]
     return [
-        *op_cases("attention", device, shapes, peers=(_FLASH,)),
-        *op_cases("attention", device, shapes[:1], dropout_p=0.1, peers=(_FLASH,)),
+        *op_cases("attention", device, shapes, peers=_PEERS),
+        *op_cases("attention", device, shapes[:1], dropout_p=0.1, peers=_PEERS),
     ]
 
 
@@ -49,11 +54,20 @@ def build(case: Case) -> Contest:
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v, keys, dropout_p=p).transpose(1, 2)
 
+    def pinned(qkv: Tensor, backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return sdpa(qkv)
+
     def pad(x: Tensor) -> Tensor:
         return x.new_zeros(*mask.shape, *x.shape[1:]).masked_scatter(mask[(...,) + (None,) * (x.dim() - 1)], x)
 
     theirs = {TORCH: Peer(sdpa, pad, lambda x: x[mask])}
     missing = {}
+    for name, backend in _PINNED.items():
+        if case.device != "cuda" or case.torch_dtype == torch.float32 or keys is not None:
+            missing[name] = "it is a kernel for GPUs, 16 bits and batches without padding"
+        else:
+            theirs[name] = Peer(functools.partial(pinned, backend=backend), pad, lambda x: x[mask])
     if case.device != "cuda":
         missing[_FLASH] = "its kernels run on a GPU"
     elif case.torch_dtype == torch.float32:

@@ -249,6 +249,11 @@ def _labelled(work: str, batch: Batch, model: Model, device: torch.device) -> di
     return {name: value.to(device) for name, value in inputs.items()}
 
 
+def training_step(model: nn.Module, batch: Batch, sizes: Model, device: torch.device) -> Callable[[], None]:
+    """A step of fine-tuning a classifier on ``batch``."""
+    return _step(model, _labelled(_FINE_TUNING, batch, sizes, device))
+
+
 def _step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], None]:
     """Forward, backward and AdamW's update."""
     model.train()

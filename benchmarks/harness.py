@@ -33,12 +33,14 @@ _SLOW = 0.2
 class Contestant:
     """One way to compute what a contest is about.
 
-    ``call`` is timed. ``judged`` gives the tensors that the parity gate compares with the contest's ``exact``, under
-    the same names; None for those that nothing can be compared with, as their dropout masks are their own.
+    ``call`` is timed; in a graph, unless it isn't ``capturable``. ``judged`` gives the tensors that the parity gate
+    compares with the contest's ``exact``, under the same names; None for those that nothing can be compared with, as
+    their dropout masks are their own.
     """
 
     call: Callable[[], object]
     judged: Callable[[], dict[str, Tensor]] | None = None
+    capturable: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,10 @@ def run(contest: Contest, seconds: float, chosen: Iterable[str] | None = None) -
         rows[name]["memory"] = memory(call, contest.device)
         if time.perf_counter() - start > _SLOW and contest.device.type == "cpu":
             warm.add(name)
-    timed = interleave(racing, seconds, contest.device, contest.graphed, warm, contest.pause) if racing else {}
+    captured = {name for name in racing if contest.graphed and contest.contestants[name].capturable}
+    timed = (
+        interleave(racing, seconds, contest.device, contest.graphed, warm, contest.pause, captured) if racing else {}
+    )
     ceilings_ms = None
     if contest.flops or contest.bytes:
         found = ceilings(contest.device, contest.dtype)
@@ -164,15 +169,18 @@ def interleave(
     graphed: bool = False,
     warm: Container[str] = (),
     pause: float = 0.0,
+    captured: Container[str] | None = None,
 ) -> dict[str, tuple[list[float], str]]:
     """Call the contestants in turn for about ``seconds``, those that aren't ``warm`` first some times uncounted.
+
+    With ``graphed`` those that are ``captured``, by default all, are replayed from graphs.
 
     Returns for each the seconds of every call, and by what they were measured.
     """
     for name, call in calls.items():
         for _ in range(0 if name in warm else _WARM_UP):
             call()
-    clocks = {name: _clock(call, device, graphed) for name, call in calls.items()}
+    clocks = {name: _clock(call, device, graphed, captured is None or name in captured) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or min(map(len, samples.values())) < _FEWEST_ROUNDS:
@@ -182,7 +190,9 @@ def interleave(
     return {name: (samples[name], clocks[name][1]) for name in calls}
 
 
-def _clock(call: Callable[[], object], device: torch.device, graphed: bool) -> tuple[Callable[[], float], str]:
+def _clock(
+    call: Callable[[], object], device: torch.device, graphed: bool, captured: bool
+) -> tuple[Callable[[], float], str]:
     """What measures one call in seconds, and how it does."""
     if device.type != "cuda":
         return lambda: _wall(call), "processor's clock"
@@ -195,17 +205,17 @@ def _clock(call: Callable[[], object], device: torch.device, graphed: bool) -> t
         return until_done, "processor's clock, until the device is done"
     # Larger than the second-level cache, so that a call finds there nothing of the one before.
     flushed = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size, dtype=torch.int8, device=device)
-    try:
-        graph = torch.cuda.CUDAGraph()
-        # On the stream where the forward of a backward ran: that is where the backward runs, too.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            call()
-        replay: Callable[[], object] = graph.replay
-        method = "device events around a graph's replay"
-    except RuntimeError as error:
-        torch.cuda.synchronize()
-        replay = call
-        method = f"device events around a call, since no graph could be captured ({str(error).splitlines()[0]})"
+    replay, method = call, "device events around a call"
+    if captured:
+        try:
+            graph = torch.cuda.CUDAGraph()
+            # On the stream where the forward of a backward ran: that is where the backward runs, too.
+            with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+                call()
+            replay, method = graph.replay, "device events around a graph's replay"
+        except RuntimeError as error:
+            torch.cuda.synchronize()
+            method += f", since no graph could be captured ({str(error).splitlines()[0]})"
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def by_events() -> float:

@@ -81,8 +81,9 @@ class Launch:
 
     @property
     def dtype(self) -> str:
-        """Triton's name of the dtype of its first pointer."""
-        return next(kind[1:] for _, kind in self.signature if kind in ("*fp32", "*fp16", "*bf16"))
+        """Triton's name of the dtype of its first pointer or descriptor."""
+        found = (re.match(r"(?:\*|tensordesc<)(fp32|fp16|bf16)\b", kind) for _, kind in self.signature)
+        return next(match[1] for match in found if match is not None)
 
     def describe(self) -> str:
         """The constants that aren't evident from others, in a few words."""
@@ -108,14 +109,18 @@ class Report:
     instructions: dict[str, int]
 
     @property
-    def occupancy(self) -> float:
-        """The share of the multiprocessor's warps that fit at once."""
+    def blocks(self) -> int:
+        """How many blocks of threads fit on a multiprocessor at once."""
         limits = LIMITS[self.capability]
         # Registers are handed out to warps in units of 256.
         registers = math.ceil(self.registers * 32 / 256) * 256 * self.warps
         shared = self.shared + 1024  # what the system keeps for itself of each block
-        blocks = min(limits.blocks, limits.warps // self.warps, limits.registers // registers, limits.shared // shared)
-        return blocks * self.warps / limits.warps
+        return min(limits.blocks, limits.warps // self.warps, limits.registers // registers, limits.shared // shared)
+
+    @property
+    def occupancy(self) -> float:
+        """The share of the multiprocessor's warps that fit at once."""
+        return self.blocks * self.warps / LIMITS[self.capability].warps
 
 
 def launches(op: str, made: Iterable[Call], capability: int) -> list[Launch]:
@@ -141,6 +146,8 @@ def launches(op: str, made: Iterable[Call], capability: int) -> list[Launch]:
 
 def _launch(op: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     """As Triton's own launcher: None and the number 1 become constants, multiples of 16 are remembered as such."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     signature, constants, divisible = [], [], []
     for index, parameter in enumerate(kernel.params):
@@ -148,8 +155,12 @@ def _launch(op: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         kind = "constexpr"
         if isinstance(value, Tensor):
             kind = f"*{_POINTERS[value.dtype]}"
-            if value.storage_offset() * value.itemsize % 16 == 0:
+            aligned = value.storage_offset() * value.itemsize % 16 == 0
+            if aligned and not parameter.do_not_specialize_on_alignment:
                 divisible.append(index)
+        elif isinstance(value, TensorDescriptor):
+            block = ",".join(map(str, value.block_shape))
+            kind = f"tensordesc<{_POINTERS[value.base.dtype]}[{block}]>"
         elif isinstance(value, float) and not parameter.is_constexpr:
             kind = "fp32"
         elif isinstance(value, int) and not parameter.is_constexpr and (parameter.do_not_specialize or value != 1):
@@ -159,15 +170,8 @@ def _launch(op: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         if kind == "constexpr":
             constants.append((parameter.name, value))
         signature.append((parameter.name, kind))
-    return Launch(
-        op,
-        kernel.fn.__module__,
-        kernel.fn.__name__,
-        tuple(signature),
-        tuple(constants),
-        tuple(divisible),
-        tuple(sorted(values.items())),
-    )
+    module, name = kernel.fn.__module__, kernel.fn.__name__
+    return Launch(op, module, name, tuple(signature), tuple(constants), tuple(divisible), tuple(sorted(values.items())))
 
 
 _POINTERS = {
@@ -224,9 +228,13 @@ def _tool(name: str, *args: str) -> str:
 
 
 def _instructions(code: str) -> dict[str, int]:
-    """Accesses to global memory by width (LDG, STG; LDGSTS copies to shared memory), to the stack, and products."""
+    """Accesses to global memory by width (LDGSTS copies to shared memory), by TMA and to the stack, and products.
+
+    WARPGROUP are the starts of products by HGMMA and the waits for them.
+    """
     counts: Counter[str] = Counter()
-    for name in re.findall(r"\b(?:LDG|STG|LDGSTS|LDL|STL|HMMA|HGMMA|UTCHMMA|FFMA2?)\b(?:\.\w+)*", code):
+    names = "LDG|STG|LDGSTS|LDL|STL|UTMALDG|UTMASTG|HMMA|HGMMA|WARPGROUP|UTCHMMA|FFMA2?"
+    for name in re.findall(rf"\b(?:{names})\b(?:\.\w+)*", code):
         stem, *modifiers = name.split(".")
         if stem in ("LDG", "STG", "LDGSTS"):
             width = next((m for m in modifiers if m in ("64", "128", "256", "U8", "U16", "S8", "S16")), "32")
@@ -235,8 +243,8 @@ def _instructions(code: str) -> dict[str, int]:
     return dict(counts)
 
 
-def _calls(shape: shapes.Model, dtype: torch.dtype) -> dict[str, list[Call]]:
-    """The calls that a model makes, by op; linear-GELU with many rows and with few."""
+def calls_of(shape: shapes.Model, dtype: torch.dtype, capability: int = CAPABILITIES[-1]) -> dict[str, list[Call]]:
+    """The calls that a model makes, by op; linear-GELU with many rows and with few, by each kernel there is."""
     hidden, directions, dropouts = shape.hidden, (False, True), (0.0, 0.1)
     size = shape.head_size
     return {
@@ -253,7 +261,9 @@ def _calls(shape: shapes.Model, dtype: torch.dtype) -> dict[str, list[Call]]:
             for backward in directions
         ],
         "linear_gelu": [
-            functools.partial(calls.linear_gelu, shape.intermediate, hidden, dtype, tokens, needs_hidden)
+            functools.partial(calls.linear_gelu, shape.intermediate, hidden, dtype, tokens, needs_hidden, route=route)
+            for route in ("triton", "persistent")
+            if route == "triton" or (capability >= 90 and dtype != torch.float32)
             for tokens in (calls.TOKENS, 100)
             for needs_hidden in (False, True)
         ],
@@ -268,7 +278,7 @@ def all_launches(capability: int) -> list[Launch]:
     found: dict[Launch, None] = {}
     for shape in shapes.MODELS.values():
         for dtype in DTYPES:
-            for op, made in _calls(shape, dtype).items():
+            for op, made in calls_of(shape, dtype, capability).items():
                 found |= dict.fromkeys(launches(op, made, capability))
     return list(found)
 

@@ -216,7 +216,9 @@ def _contestant(peer: Peer, tensors: dict[str, Tensor], direction: str, comparab
     def judged() -> dict[str, Tensor]:
         return {f"gradient of {name}": peer.restore(one) for name, one in zip(leaves, call(), strict=True)}
 
-    return Contestant(call, judged if comparable else None)
+    # With dropout PyTorch's attention keeps the seed of a forward that isn't captured in the host's memory; a backward
+    # that is captured reads it on the device, which is an illegal access.
+    return Contestant(call, judged if comparable else None, capturable=comparable or direction == "both")
 
 
 def _upstream(output: Tensor) -> Tensor:

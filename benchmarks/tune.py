@@ -4,10 +4,12 @@
     python -m benchmarks.tune --capability 80 --capability 90 ...      without one
 
 A configuration has to compile without spills and within the shared memory of a block, at every shape of its class and
-with dropout on and off. On a GPU, those that do are timed, and the fastest is taken. Without one, an entry for the very
-capability stays if it is valid; otherwise the first valid candidate takes its place. ``--kernel`` and ``--shape-class``
-restrict the search to names that contain them. On a GPU, which route of linear-GELU is the faster is measured, too, and
-written to fastbert/ops/linear_gelu/by_shape.toml.
+with dropout on and off; where several programs are to stay on a multiprocessor, they have to fit. On a GPU, those that
+do are timed, and the fastest is taken. Without one, an entry for the very capability stays if it is valid; otherwise
+the first valid candidate takes its place. ``--target``, which may be given several times, restricts the search to one
+row, such as "attention_forward: 16 bits, D <= 64, long", or to the rows of a kernel. On a GPU, which route of
+linear-GELU is the fastest is measured, too, and written to fastbert/ops/linear_gelu/by_shape.toml. Both files are
+written as soon as something is known.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from unittest import mock
 
 import torch
 
-from fastbert.backends import launch, triton_utils
+from fastbert.backends import launch, select, triton_utils
 from fastbert.ops.linear_gelu import by_shape
 
 from . import calls, kernels, shapes
@@ -35,6 +37,18 @@ from .calls import Call
 TABLE = Path(launch.__file__).with_suffix(".toml")
 HEADER = "# kernel, shape class, lowest compute capability -> options; see launch.py.\n"
 HEADS = 12
+# Where an inference and a fine-tuning step spend their time: what is tuned when there are minutes.
+FEW = (
+    ("attention_forward", "16 bits, D <= 64, long"),
+    ("attention_backward_dq", "16 bits, D <= 64, long"),
+    ("attention_backward_dkv", "16 bits, D <= 64, long"),
+    ("attention_forward", "16 bits, D <= 64, S <= 128"),
+    ("attention_backward", "16 bits, D <= 64, S <= 128"),
+    ("linear_gelu_persistent", "16 bits"),
+    ("linear_gelu", "16 bits, large"),
+    ("linear_gelu", "16 bits, small"),
+    ("layer_norm_backward", "H <= 768"),
+)
 
 Options = dict[str, int]
 
@@ -43,7 +57,8 @@ Options = dict[str, int]
 class Target:
     """One row of the table: its candidates, best guess first, and calls of its op that launch it.
 
-    A call takes a device, makes its tensors there, and returns what is to be timed.
+    A call takes a device, makes its tensors there, and returns what is to be timed. Below the capability ``lowest`` the
+    kernel doesn't run.
     """
 
     kernel: str
@@ -52,6 +67,7 @@ class Target:
     function: str
     candidates: tuple[Options, ...]
     calls: tuple[Call, ...]
+    lowest: int = 0
 
 
 def _tiles(names: tuple[str, ...], *values: tuple[int, ...]) -> tuple[Options, ...]:
@@ -60,7 +76,12 @@ def _tiles(names: tuple[str, ...], *values: tuple[int, ...]) -> tuple[Options, .
 
 _WHOLE = functools.partial(_tiles, ("num_warps", "num_stages"))
 _ATTENTION = functools.partial(_tiles, ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages"))
+# With the most registers of a thread: with 128, eight warps fit twice; with 168, four warps fit three times.
+_CAPPED = functools.partial(_tiles, ("BLOCK_M", "BLOCK_N", "num_warps", "num_stages", "maxnreg"))
 _LINEAR = functools.partial(_tiles, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages"))
+_PERSISTENT = functools.partial(
+    _tiles, ("BLOCK_M", "BLOCK_N", "BLOCK_K", "GROUP_M", "PARTS", "PROGRAMS", "DELAY", "num_warps", "num_stages")
+)
 _ROWS = functools.partial(_tiles, ("ROWS", "num_warps"))
 _BLOCKS = functools.partial(_tiles, ("ROWS", "COLUMNS", "num_warps"))
 # Of kernels whose programs go on to further rows: also the stages that loads run ahead, and programs a multiprocessor.
@@ -69,16 +90,17 @@ _GATHER_LOOP = functools.partial(_tiles, ("ROWS", "num_warps", "PROGRAMS"))
 _BLOCK_LOOP = functools.partial(_tiles, ("ROWS", "COLUMNS", "num_warps", "STAGES", "PROGRAMS"))
 
 _FORWARD_LONG = {
-    16: _ATTENTION((128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2),
-                   (128, 32, 4, 3), (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2),
-                   (64, 64, 8, 2), (64, 32, 8, 2)),
+    16: _CAPPED((128, 64, 8, 3, 128), (64, 64, 4, 3, 168)) + _ATTENTION(
+        (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2), (128, 32, 4, 3),
+        (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)
+    ),
     32: _ATTENTION((64, 32, 4, 2), (64, 16, 4, 2), (64, 16, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 2),
                    (32, 16, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2)),
 }  # fmt: skip
 # The block that stays is [BLOCK_M] queries for dq and [BLOCK_N] keys for dk and dv.
 _BACKWARD_LONG = {
-    16: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2),
-         (32, 32, 4, 2), (32, 32, 8, 2)),
+    16: ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2),
+         (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
     32: ((32, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2), (32, 16, 4, 2), (16, 32, 8, 2), (16, 32, 4, 2),
          (16, 16, 4, 2), (16, 16, 8, 2)),
 }  # fmt: skip
@@ -88,10 +110,16 @@ _DTYPES = {16: torch.bfloat16, 32: torch.float32}
 def _attention_targets() -> Iterator[Target]:
     for bits, size in itertools.product(_DTYPES, (32, 64, 128)):
 
-        def of(max_seqlen: int, backward: bool, bits: int = bits, size: int = size) -> tuple[Call, ...]:
+        def of(
+            max_seqlen: int,
+            backward: bool,
+            dropouts: tuple[float, ...] = (0.1, 0.0),
+            bits: int = bits,
+            size: int = size,
+        ) -> tuple[Call, ...]:
             return tuple(
                 functools.partial(calls.attention, HEADS, size, _DTYPES[bits], max_seqlen, p, backward)
-                for p in (0.1, 0.0)
+                for p in dropouts
             )
 
         name = f"{bits} bits, D <= {size}"
@@ -106,14 +134,15 @@ def _attention_targets() -> Iterator[Target]:
             yield Target(
                 "attention_backward", shape_class, "attention", "backward_short_kernel", backward, of(keys, True)
             )
-        shape_class = f"{name}, long"
-        yield Target(
-            "attention_forward", shape_class, "attention", "forward_kernel", _FORWARD_LONG[bits], of(512, False)
-        )
-        dq = _ATTENTION(*_BACKWARD_LONG[bits])
-        dkv = _ATTENTION(*((other, stays, warps, stages) for stays, other, warps, stages in _BACKWARD_LONG[bits]))
-        yield Target("attention_backward_dq", shape_class, "attention", "backward_dq_kernel", dq, of(512, True))
-        yield Target("attention_backward_dkv", shape_class, "attention", "backward_dkv_kernel", dkv, of(512, True))
+        for shape_class, p in ((f"{name}, long", 0.0), (f"{name}, long, dropout", 0.1)):
+            tiles, calls_of = _FORWARD_LONG[bits], functools.partial(of, 512, dropouts=(p,))
+            yield Target("attention_forward", shape_class, "attention", "forward_kernel", tiles, calls_of(False))
+            dq = _ATTENTION(*_BACKWARD_LONG[bits])
+            if bits == 16:
+                dq = _CAPPED((128, 64, 8, 3, 128)) + dq
+            dkv = _ATTENTION(*((other, stays, warps, stages) for stays, other, warps, stages in _BACKWARD_LONG[bits]))
+            yield Target("attention_backward_dq", shape_class, "attention", "backward_dq_kernel", dq, calls_of(True))
+            yield Target("attention_backward_dkv", shape_class, "attention", "backward_dkv_kernel", dkv, calls_of(True))
 
 
 def _row_targets() -> Iterator[Target]:
@@ -183,7 +212,8 @@ def _product_targets() -> Iterator[Target]:
         yield Target(f"bias_gelu_{direction}", "all", "bias_gelu", f"{direction}_kernel", blocks, gelu)
     large = {
         16: _LINEAR(
-            (128, 128, 64, 8, 3), (128, 128, 32, 8, 4), (128, 256, 64, 8, 3), (128, 64, 64, 4, 4), (128, 64, 32, 4, 4)
+            (128, 128, 64, 8, 3), (128, 128, 64, 4, 3), (128, 128, 32, 8, 4), (128, 256, 64, 8, 3), (128, 64, 64, 4, 4),
+            (128, 64, 32, 4, 4)
         ),
         32: _LINEAR(
             (128, 128, 32, 8, 3), (128, 64, 32, 8, 3), (64, 128, 32, 8, 3), (64, 64, 32, 4, 3), (64, 64, 16, 4, 3)
@@ -201,6 +231,20 @@ def _product_targets() -> Iterator[Target]:
                 for needs_hidden in (True, False)
             )
             yield Target("linear_gelu", f"{bits} bits, {name}", "linear_gelu", "forward_kernel", candidates, products)
+    # A step of 64 over k takes the tensor cores of compute capability 9.0 some 512 cycles for a block of 128 x 128.
+    blocks = _PERSISTENT(
+        (128, 128, 64, 8, 2, 2, 512, 4, 3), (128, 128, 64, 8, 2, 2, 0, 4, 3), (128, 128, 64, 8, 2, 2, 512, 8, 3),
+        (128, 128, 64, 8, 4, 2, 512, 4, 3), (128, 128, 64, 16, 2, 2, 512, 4, 3), (128, 256, 64, 8, 4, 1, 0, 8, 4),
+        (128, 256, 64, 8, 2, 1, 0, 8, 3),
+    )  # fmt: skip
+    products = tuple(
+        functools.partial(
+            calls.linear_gelu, 4 * hidden, hidden, torch.bfloat16, calls.TOKENS, needs_hidden, route="persistent"
+        )
+        for hidden in (384, 768, 1024)
+        for needs_hidden in (True, False)
+    )
+    yield Target("linear_gelu_persistent", "16 bits", "linear_gelu", "persistent_kernel", blocks, products, lowest=90)
 
 
 def targets() -> list[Target]:
@@ -208,7 +252,7 @@ def targets() -> list[Target]:
     return [*_attention_targets(), *_product_targets(), *_row_targets()]
 
 
-def _with(target: Target, options: Options) -> Any:
+def with_options(target: Target, options: Options) -> Any:
     """Make ``target`` launch with ``options``, in place of the table's."""
     original = launch.options
 
@@ -224,13 +268,15 @@ def _valid(job: tuple[int, Options, int]) -> bool:
     """Whether the configuration compiles within the limits of the capability wherever its class is launched."""
     index, options, capability = job
     target = targets()[index]
-    with _with(target, options):
+    with with_options(target, options):
         found = kernels.launches(target.op, target.calls, capability)
     for one in found:
         if one.kernel != target.function:
             continue
         report = kernels.compile_launch(one, capability)
         if report.stack > 0 or report.shared > kernels.LIMITS[capability].shared_block:
+            return False
+        if report.blocks < options.get("PROGRAMS", 1):
             return False
     return True
 
@@ -239,7 +285,7 @@ def _seconds(target: Target, options: Options) -> float:
     """The sum of the medians of the target's calls on the present GPU."""
     from triton.testing import do_bench
 
-    with _with(target, options):
+    with with_options(target, options):
         return sum(do_bench(call(torch.device("cuda")), return_mode="median") for call in target.calls) / 1000.0
 
 
@@ -248,18 +294,20 @@ def _time_routes(dtype: torch.dtype, features: int, hidden: int, rows: int) -> d
     from triton.testing import do_bench
 
     device = torch.device("cuda")
-    made = {r: calls.linear_gelu(features, hidden, dtype, rows, True, device, r) for r in by_shape.ROUTES}
+    rows_of_table = select.table("linear_gelu").explain(select.Request("cuda", dtype))
+    routes = [row.implementation for row in rows_of_table if row.implementation in by_shape.ROUTES and not row.reasons]
+    made = {route: calls.linear_gelu(features, hidden, dtype, rows, True, device, route) for route in routes}
     return {route: do_bench(call, return_mode="median") / 1000.0 for route, call in made.items()}
 
 
 def measure_routes(
     path: Path, capability: int, seconds: Callable[[torch.dtype, int, int, int], dict[str, float]] = _time_routes
 ) -> None:
-    """Time the routes of linear-GELU at the models' shapes and write which was the faster; keep other capabilities."""
+    """Time the routes of linear-GELU at the models' shapes and write which was the fastest; keep other capabilities."""
     text = path.read_text(encoding="utf-8")
     entries = [entry for entry in tomllib.loads(text)["measured"] if entry["capability"] != capability]
     classes = [2**power for power in range(17) if by_shape.rows_class(2**power) == 2**power]
-    for dtype, shape in itertools.product(kernels.DTYPES, shapes.MODELS.values()):
+    for dtype, shape in itertools.product(reversed(kernels.DTYPES), shapes.MODELS.values()):
         faster = {}
         for rows in classes:
             times = seconds(dtype, shape.intermediate, shape.hidden, rows)
@@ -268,8 +316,12 @@ def measure_routes(
         name = str(dtype).removeprefix("torch.")
         entry = {"capability": capability, "dtype": name, "N": shape.intermediate, "K": shape.hidden, "faster": faster}
         entries.append(entry)
-    comments = [line for line in text.splitlines() if line.startswith("#")]
-    lines = [*comments]
+        _write_routes(path, text, entries)
+
+
+def _write_routes(path: Path, text: str, entries: list[dict[str, Any]]) -> None:
+    """Write ``entries`` below the comments of ``text``."""
+    lines = [line for line in text.splitlines() if line.startswith("#")]
     for entry in entries:
         routes = ", ".join(f'{rows} = "{route}"' for rows, route in entry["faster"].items())
         lines += ["", "[[measured]]", f"capability = {entry['capability']}", f'dtype = "{entry["dtype"]}"']
@@ -294,22 +346,27 @@ def write(table: dict[str, dict[str, dict[str, Options]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, action="append", choices=kernels.CAPABILITIES)
-    parser.add_argument("--kernel", default="")
-    parser.add_argument("--shape-class", default="")
+    parser.add_argument("--target", action="append", default=[], metavar="KERNEL[: SHAPE CLASS]")
     args = parser.parse_args()
+    chosen = {
+        name: [index for index, one in enumerate(targets()) if name in (one.kernel, f"{one.kernel}: {one.shape_class}")]
+        for name in args.target
+    }
+    if unknown := [name for name, found in chosen.items() if not found]:
+        parser.error(f"--target is {unknown[0]!r}; it must be a row of {TABLE.name}, or the kernel of some")
+    indices = [index for found in chosen.values() for index in found] or range(len(targets()))
     measured = not args.capability
     if measured and not torch.cuda.is_available():
         parser.error("there is no CUDA device: name a --capability to choose by what compiles")
     capabilities = args.capability or [triton_utils.capability()]
     table = launch.table()
     with multiprocessing.get_context("spawn").Pool(os.cpu_count()) as pool:
-        for index, target in enumerate(targets()):
-            if args.kernel not in target.kernel or args.shape_class not in target.shape_class:
-                continue
-            for capability in sorted(capabilities):
+        for index in indices:
+            target = targets()[index]
+            for capability in sorted(one for one in capabilities if one >= target.lowest):
                 _choose(table, index, target, capability, measured, pool)
                 write(table)
-    if measured and args.kernel in "linear_gelu":
+    if measured and any(targets()[index].op == "linear_gelu" for index in indices):
         measure_routes(by_shape.MEASURED, capabilities[0])
 
 

@@ -133,12 +133,14 @@ bool ascends(const int32_t* offsets, int64_t rows, int64_t sequences, int64_t ma
 }
 
 // The seed lies in the memory of the device that computes.
-Dropout make_dropout(const Memory& seed, int64_t threshold, float scale) {
-  if (threshold < 0 || threshold > kKeepAll) {
-    throw std::invalid_argument("threshold is " + std::to_string(threshold) + "; it may be 0 to 65536");
+// Of keep_all draws, threshold keep an element.
+Dropout make_dropout(const Memory& seed, int64_t threshold, float scale, uint32_t keep_all = kKeepAll) {
+  if (threshold < 0 || threshold > keep_all) {
+    throw std::invalid_argument("threshold is " + std::to_string(threshold) + "; it may be 0 to " +
+                                std::to_string(keep_all));
   }
   check_finite("scale", scale);
-  const bool drops = threshold != kKeepAll;
+  const bool drops = threshold != keep_all;
   return {drops ? pointer<const int64_t>("seed", seed, 1) : nullptr, static_cast<uint32_t>(threshold), scale};
 }
 
@@ -332,7 +334,7 @@ py::dict instructions_of(uint32_t leaf1_ecx, uint32_t leaf7_ebx, uint32_t leaf7_
 }
 
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> counter, std::array<uint32_t, 2> key) {
-  philox4x32_10(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
+  philox4x32_7(counter[0], counter[1], counter[2], counter[3], key[0], key[1]);
   return counter;
 }
 
@@ -575,7 +577,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 
   m.def("build_info", &build_info,
         "What was built, and with what; cuda_absent says why there are no CUDA kernels.");
-  m.def("philox4x32_10", &philox, arg("counter"), arg("key"),
+  m.def("philox4x32_7", &philox, arg("counter"), arg("key"),
         "Four 32-bit words from a four-word counter and a two-word key.");
   m.def("philox_draws", &philox_draws, arg("seed"), arg("start"), arg("count"),
         "The 16-bit draws of elements start .. start + count - 1 of a hidden state, as native uint16 bytes.");
@@ -591,8 +593,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           check_at_least("num_threads", num_threads, 1);
           const int64_t elements = elements_of({sequences, heads, queries, keys});
           auto* values = pointer<float>("probabilities", probabilities, elements);
-          const auto dropout = make_dropout(seed, threshold, scale);
-          if (elements == 0 || dropout.threshold == kKeepAll) return;
+          const auto dropout = make_dropout(seed, threshold, scale, kAttentionDraws);
+          if (elements == 0 || dropout.seed == nullptr) return;
           const py::gil_scoped_release release;
           attention::dropout_host({values, first_sequence, sequences, heads, queries, keys,
                                    *dropout.seed, dropout.threshold, dropout.scale},

@@ -13,14 +13,46 @@ from fastbert.backends import select
 
 
 def pytest_addoption(parser):
-    parser.addoption("--parity-json", metavar="FOLDER", help="write the errors of parity checks on a GPU, by worker")
+    help = "write the outcomes of tests, and the errors of parity checks on a GPU, as each test ends"
+    parser.addoption("--parity-json", metavar="FOLDER", help=help)
 
 
-def pytest_sessionfinish(session):
-    if folder := session.config.getoption("--parity-json"):
-        records = [dataclasses.asdict(record) for record in parity.RECORDS if record.device == "cuda"]
-        worker = os.environ.get("PYTEST_XDIST_WORKER", "main")
-        (Path(folder) / f"{worker}.json").write_text(json.dumps(records), encoding="utf-8")
+def pytest_configure(config):
+    if folder := config.getoption("--parity-json"):
+        config.pluginmanager.register(Kept(Path(folder)))
+
+
+class Kept:
+    """Appends to files of lines: a run that is stopped has written what it knew."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.worker = os.environ.get("PYTEST_XDIST_WORKER")
+        self.written = 0
+
+    def append(self, name, lines):
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+
+    def pytest_runtest_logreport(self, report):
+        """With several processes, in the one that hears of all of them."""
+        if self.worker is None and (report.when == "call" or report.outcome != "passed"):
+            reason = ""
+            if report.failed:
+                crash = getattr(report.longrepr, "reprcrash", None)
+                reason = (str(report.longrepr) if crash is None else crash.message).strip()[:500]
+            elif report.skipped:
+                reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+            line = {"test": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2)}
+            self.append("outcomes.jsonl", [{**line, "reason": reason}])
+
+    def pytest_runtest_logfinish(self):
+        new = parity.RECORDS[self.written :]
+        self.written = len(parity.RECORDS)
+        self.append(
+            f"checks-{self.worker or 'main'}.jsonl",
+            [dataclasses.asdict(record) for record in new if record.device == "cuda"],
+        )
 
 
 def pytest_collection_modifyitems(items):

@@ -41,7 +41,7 @@ def results(
 
 def gradient_like(output: Tensor) -> Tensor:
     """Random numbers, the same ones each time, to be the incoming gradient of ``output``."""
-    return torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+    return torch.randn(output.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(output)
 
 
 def check(

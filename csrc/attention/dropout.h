@@ -3,7 +3,7 @@
 #include <cstdint>
 
 // Dropout of attention probabilities on the host: p *= scale * mask, in place.
-// mask = draw(seed, sequence, head, query, key) < threshold, with draw as in common/philox.h.
+// mask = AttentionKeep(threshold) of the draw of (seed, sequence, head, query, key), both as in common/philox.h.
 namespace fastbert::attention {
 
 struct Dropout {

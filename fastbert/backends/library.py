@@ -79,10 +79,15 @@ def none_where_masked(gradients: Sequence[Tensor], output_mask: Sequence[bool]) 
 def _kernel(op: str, direction: str, device: str) -> Callable[..., Any]:
     """What the dispatcher calls: ``direction`` of the implementation that the last argument names.
 
-    Autocast is off in it: the implementation has chosen its dtypes, and a float32 product must stay one.
+    Autocast is off in it: the implementation has chosen its dtypes, and a float32 product must stay one. The CUDA
+    device of the first argument, a tensor, is the current one: what is launched goes there, and a launch configuration
+    is chosen by its facts.
     """
 
     def run(*args: Any) -> Any:
+        if device == "cuda" and args[0].get_device() != torch.cuda.current_device():
+            with torch.cuda.device(args[0].device):
+                return run(*args)
         function = getattr(select.load(op, args[-1]), direction)
         if not torch.is_autocast_enabled(device):
             return function(*args[:-1])

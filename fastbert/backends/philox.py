@@ -1,19 +1,26 @@
-"""Dropout masks as a function of (seed, logical position): Philox4x32-10 in plain PyTorch.
+"""Dropout masks as a function of (seed, logical position): Philox4x32-7 in plain PyTorch.
 
-Philox is the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC'11).
-The 64-bit seed is its key and the logical position its counter, so a mask depends neither on tile sizes nor on
-buffers, and the backward pass draws it again instead of storing it.
+Philox is the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC'11); with
+seven rounds it passes BigCrush (their table 2). The 64-bit seed is its key and the logical position its counter, so a
+mask depends neither on tile sizes nor on buffers, and the backward pass draws it again instead of storing it.
 
-One Philox call yields 128 bits, which serve eight neighbouring elements with 16 bits each. Element ``j`` of a group
-takes word ``j >> 1``: its low half when ``j`` is even, its high half when ``j`` is odd. An element is kept when its
-draw is below ``threshold(p)``, so ``p`` is quantised to multiples of 2**-16.
+One Philox call yields four words, whose eight halves serve eight elements.
 
-=====================  =========================================================
-what                   counter (four 32-bit words)
-=====================  =========================================================
-hidden states          ``lo(i >> 3), hi(i >> 3), 0, 0``; ``i`` = index of the element
-attention              ``key >> 3, query, head, sequence``
-=====================  =========================================================
+=============  ================================================  =================================================
+what           counter (four 32-bit words)                       its place in the four words
+=============  ================================================  =================================================
+hidden states  ``lo(i >> 3), hi(i >> 3), 0, 0``                  word ``i >> 1 & 3``, half ``i & 1`` (0: the low one)
+attention      ``head, 4 (k >> 4) + (k >> 1 & 3), sequence,      word ``2 (q >> 3 & 1) + (k >> 3 & 1)``, half
+               8 (q >> 4) + (q & 7)``                            ``k & 1``
+=============  ================================================  =================================================
+
+``i`` is the index of an element, ``q`` a query and ``k`` a key. Where tensor cores leave the product of queries and
+keys, a thread has all eight elements of a call of attention: it draws for itself alone.
+
+An element of a hidden state is kept when its half is below ``threshold(p)``: ``p`` is quantised to multiples of 2**-16.
+A probability of attention has a draw of 15 bits, the low ones of its half, and of these ``attention_threshold(p)`` keep
+it: the largest where at least half of them do, otherwise the lowest. So the comparison is with 16384 at most, in which
+range the draws, read as float16, have the order of integers, and GPUs compare two at once.
 
 This file is the oracle of the kernels' generators; ``csrc/common/philox.h`` is the same function in C++.
 """
@@ -26,8 +33,9 @@ from torch import Tensor
 _MASK32 = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+_ROUNDS = 7
 _DRAWS = 1 << 16
+_ATTENTION_DRAWS = 1 << 15
 
 
 def threshold(p: float) -> int:
@@ -41,13 +49,24 @@ def scale(p: float) -> float:
     return _DRAWS / kept if kept else 0.0
 
 
+def attention_threshold(p: float) -> int:
+    """The number of 15-bit draws, out of 32768, that keep a probability of attention dropped with probability ``p``."""
+    return round((1.0 - p) * _ATTENTION_DRAWS)
+
+
+def attention_scale(p: float) -> float:
+    """``scale`` for probabilities of attention."""
+    kept = attention_threshold(p)
+    return _ATTENTION_DRAWS / kept if kept else 0.0
+
+
 def new_seeds(count: int, device: torch.device) -> Tensor:
     """Draw ``count`` seeds (int64 ``[count]``) from torch's default generator of ``device``, without a wait."""
     return torch.randint(2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
 def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Ten rounds of Philox4x32: four 32-bit words from a four-word counter and a two-word key.
+    """Seven rounds of Philox4x32: four 32-bit words from a four-word counter and a two-word key.
 
     All tensors are int64 holding values in [0, 2**32) and broadcast against each other. Products wrap modulo
     2**64 in int64 arithmetic, which leaves both of their 32-bit halves right.
@@ -87,22 +106,27 @@ def hidden_draws(seed: Tensor, count: int, start: int = 0) -> Tensor:
 
 
 def attention_draws(seed: Tensor, sequence: Tensor, heads: int, queries: int, keys: int) -> Tensor:
-    """The 16-bit draws of attention probabilities: int64 ``[len(sequence), heads, queries, keys]``.
+    """The 15-bit draws of attention probabilities: int64 ``[len(sequence), heads, queries, keys]``.
 
     ``sequence`` (int64 ``[N]``) holds the index of each sequence in its batch; query and key count from the
     first token of the sequence.
     """
     device = seed.device
+    blocks_q, blocks_k = (queries + 15) // 16, (keys + 15) // 16
     words = philox4x32(
         (
-            torch.arange((keys + 7) // 8, device=device),
-            torch.arange(queries, device=device)[:, None],
             torch.arange(heads, device=device)[:, None, None],
+            torch.arange(4 * blocks_k, device=device),
             sequence[:, None, None, None],
+            torch.arange(8 * blocks_q, device=device)[:, None],
         ),
         _key(seed),
     )
-    return _halves(words).flatten(-2)[..., :keys]
+    draws = _halves(words).unflatten(-1, (2, 2, 2)).unflatten(3, (blocks_k, 4)).unflatten(2, (blocks_q, 8))
+    # [N, A, i, j, k, l, a, b, h] -> [N, A, i, a, j, k, b, l, h]
+    draws = draws.permute(0, 1, 2, 6, 3, 4, 7, 5, 8).flatten(5).flatten(2, 4)
+    kept: Tensor = draws[:, :, :queries, :keys] & 0x7FFF
+    return kept
 
 
 def hidden_mask(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
@@ -112,7 +136,9 @@ def hidden_mask(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
 
 def attention_mask(seed: Tensor, sequence: Tensor, heads: int, queries: int, keys: int, p: float) -> Tensor:
     """The keep mask (bool, ``[len(sequence), heads, queries, keys]``) of attention dropout with probability ``p``."""
-    return attention_draws(seed, sequence, heads, queries, keys) < threshold(p)
+    draws = attention_draws(seed, sequence, heads, queries, keys)
+    kept = attention_threshold(p)
+    return draws < kept if 2 * kept < _ATTENTION_DRAWS else draws >= _ATTENTION_DRAWS - kept
 
 
 def hidden_dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:

@@ -199,6 +199,13 @@ def needs_triton(request: Request) -> Iterator[str]:
         yield reason
 
 
+def needs_capability(request: Request, least: int) -> Iterator[str]:
+    """A reason if the compute capability of the request's GPU, times ten, is below ``least``."""
+    capability = _capability(request.index) if request.device == "cuda" else None
+    if capability is not None and capability < least:
+        yield f"it needs compute capability {least / 10}, and the device has {capability / 10}"
+
+
 # As Triton does, at import: its kernels are made for the interpreter or for a GPU once and for all.
 _INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
@@ -227,6 +234,15 @@ def _missing_cuda_extension(index: int | None) -> str | None:
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _missing_triton() -> str | None:
     return _import_triton()
+
+
+# Of a GPU; None without one.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _capability(index: int | None) -> int | None:
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
 
 
 @functools.cache

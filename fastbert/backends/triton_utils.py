@@ -20,17 +20,39 @@ from torch import Tensor
 # Triton gives the decorated functions no types.
 jit: Any = triton.jit
 
-DRAWS_PER_CALL = tl.constexpr(8)
+# The models' seeds are elements of one tensor, every other of them at a multiple of 16 bytes. A kernel isn't compiled
+# twice for that.
+SEEDS = ("seed_ptr",)
+
+# Whether kernels are compiled: the decorator decides, once and for all, when a module is imported.
+_COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
 
 
 @jit
-def _halves(w0, w1, w2, w3):
-    """Split four words of a Philox call into eight 16-bit draws: ``[..., N]`` x 4 -> ``[..., 8 * N]``."""
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., N, 2, 2], word 2 * i + j at (i, j)
-    draws = tl.join(words & 0xFFFF, words >> 16)  # [..., N, 2, 2, 2]
-    if len(w0.shape) == 1:
-        return tl.reshape(draws, [w0.shape[0] * 8])
-    return tl.reshape(draws, [w0.shape[0], w0.shape[1] * 8])
+def _philox4x32(seed, c0, c1, c2, c3):
+    """Seven rounds of Philox4x32: four words from the counter ``c0 .. c3``, uint32 tensors or scalars, and the seed.
+
+    A product of 64 bits is one instruction; ``tl.umulhi`` and a product of 32 bits would be two.
+    """
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = (seed >> 32 & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(7):
+        product0 = c0.to(tl.uint64) * 0xD2511F53
+        product1 = c2.to(tl.uint64) * 0xCD9E8D57
+        c0 = (product1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c1 = product1.to(tl.uint32)
+        c2 = (product0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c3 = product0.to(tl.uint32)
+        k0 += 0x9E3779B9
+        k1 += 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@jit
+def hidden_words(seed, group):
+    """The four words that serve elements ``8 * group`` to ``8 * group + 7`` of a hidden state; ``group`` is int64."""
+    zero = tl.zeros(group.shape, dtype=tl.uint32)
+    return _philox4x32(seed, (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32), zero, zero)
 
 
 @jit
@@ -39,26 +61,97 @@ def hidden_keep(seed, group, threshold):
 
     ``seed`` is an int64 scalar, ``group`` int64 with one or two dimensions, ``threshold`` that of ``philox.py``.
     """
-    zero = tl.zeros(group.shape, dtype=tl.uint32)
-    low = (group & 0xFFFFFFFF).to(tl.uint32)
-    high = (group >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
-    return _halves(w0, w1, w2, w3).to(tl.int32) < threshold
+    w0, w1, w2, w3 = hidden_words(seed, group)
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., N, 2, 2], word 2 * i + j at (i, j)
+    draws = tl.join(words & 0xFFFF, words >> 16)  # [..., N, 2, 2, 2]
+    keep = draws.to(tl.int32) < threshold
+    if len(group.shape) == 1:
+        return tl.reshape(keep, [group.shape[0] * 8])
+    else:
+        return tl.reshape(keep, [group.shape[0], group.shape[1] * 8])
+
+
+# The halves of two words, the low one of each or the high one, by a permutation of bytes: $3 has 0 or 0x22 for each.
+_HALVES = tl.constexpr("""{
+    .reg .b32 bytes;
+    shr.u32 bytes, $3, 8;
+    or.b32 bytes, bytes, $3;
+    add.u32 bytes, bytes, 0x5410;
+    prmt.b32 $0, $1, $2, bytes;
+}""")
 
 
 @jit
-def attention_keep(seed, sequence, head, query, key_group, threshold):
-    """The keep mask of ``query`` (``[M]``) and keys ``8 * key_group ..`` (``[N]``): bool ``[M, 8 * N]``.
+def attention_draws(
+    seed, sequence, head, first_query, first_key, M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr
+):
+    """The halves of words that serve ``M`` queries and ``N`` keys: uint16 ``[M, N]``, or ``[N, M]`` if ``TRANSPOSED``.
 
-    ``sequence`` and ``head`` are scalars; query and key count from the first token of the sequence.
+    ``M`` and ``N`` are powers of two from 16 on, ``first_query`` a multiple of ``M`` and ``first_key`` one of ``N``. In
+    the layout of the tensor cores' results all draws of a call of Philox are one thread's own; half of them where
+    ``TRANSPOSED``. As there is no join, the compiler draws in the layout in which the draws are used.
     """
-    zero = tl.zeros([query.shape[0], key_group.shape[0]], dtype=tl.uint32)
-    c0 = zero + key_group.to(tl.uint32)[None, :]
-    c1 = zero + query.to(tl.uint32)[:, None]
-    c2 = zero + head.to(tl.uint32)
-    c3 = zero + sequence.to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, c0, c1, c2, c3)
-    return _halves(w0, w1, w2, w3).to(tl.int32) < threshold
+    # Query = 16 i + 8 j + k and key = 16 i + 8 j + 2 k + l; a call serves both j and l.
+    query_i = tl.reshape(tl.arange(0, M // 16), [M // 16, 1, 1, 1, 1, 1, 1])
+    query_j = tl.reshape(tl.arange(0, 2), [1, 2, 1, 1, 1, 1, 1])
+    query_k = tl.reshape(tl.arange(0, 8), [1, 1, 8, 1, 1, 1, 1])
+    key_i = tl.reshape(tl.arange(0, N // 16), [1, 1, 1, N // 16, 1, 1, 1])
+    key_j = tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 2, 1, 1])
+    key_k = tl.reshape(tl.arange(0, 4), [1, 1, 1, 1, 1, 4, 1])
+    key_l = tl.reshape(tl.arange(0, 2), [1, 1, 1, 1, 1, 1, 2])
+    # These sums have no carries. As exclusive or they become part of Philox's own.
+    query_group = (first_query >> 1 ^ query_i * 8 + query_k).to(tl.uint32)
+    key_group = (first_key >> 2 ^ key_i * 4 + key_k).to(tl.uint32)
+    w0, w1, w2, w3 = _philox4x32(seed, head.to(tl.uint32), key_group, sequence.to(tl.uint32), query_group)
+    word = tl.where(query_j == 0, tl.where(key_j == 0, w0, w1), tl.where(key_j == 0, w2, w3))
+    if not _COMPILED:
+        draws = (word >> (key_l * 16).to(tl.uint32)).to(tl.uint16)
+    elif TRANSPOSED:
+        args = [word, (key_l * 0x22).to(tl.uint16)]
+        draws = tl.inline_asm_elementwise(_HALVES, "=r,r,r,r", args, dtype=tl.uint16, is_pure=True, pack=2)
+    else:
+        # Half of the words are low halves of products. LLVM would take those apart, and then put words together.
+        word = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [word], dtype=tl.uint32, is_pure=True, pack=1)
+        draws = (word >> (key_l * 16).to(tl.uint32)).to(tl.uint16)
+    return tl.trans(tl.reshape(draws, [M, N])) if TRANSPOSED else tl.reshape(draws, [M, N])
+
+
+_DROP_16 = tl.constexpr("""{
+    .reg .b32 draws, keep;
+    abs.f16x2 draws, $2;
+    set.geu.u32.f16x2 keep, draws, $3;
+    xor.b32 keep, keep, $4;
+    and.b32 $0, $1, keep;
+}""")
+_DROP_32 = tl.constexpr("""{
+    .reg .b32 draws;
+    .reg .pred low, high, few;
+    setp.ne.u32 few, $6, 0;
+    abs.f16x2 draws, $4;
+    setp.geu.xor.f16x2 low|high, draws, $5, few;
+    selp.b32 $0, $2, 0, low;
+    selp.b32 $1, $3, 0, high;
+}""")
+
+
+@jit
+def attention_drop(x, draws, threshold):
+    """``x`` where it is kept, zero elsewhere; ``threshold`` is ``philox.attention_threshold``.
+
+    A comparison of halves takes two draws in one instruction. Their 15 bits, as float16, are in the order of integers
+    up to infinity, 31744, and beyond it are no numbers, for which "not less" holds; the bound is at most 16384.
+    """
+    few = threshold < 16384
+    bound = tl.where(few, threshold, 32768 - threshold)
+    if _COMPILED:
+        args = [x, draws, bound.to(tl.uint16), tl.where(few, 0xFFFF, 0).to(tl.uint16)]
+        if x.dtype == tl.float32:
+            return tl.inline_asm_elementwise(_DROP_32, "=r,=r,r,r,r,r,r", args, dtype=tl.float32, is_pure=True, pack=2)
+        else:
+            return tl.inline_asm_elementwise(_DROP_16, "=r,r,r,r,r", args, dtype=x.dtype, is_pure=True, pack=2)
+    else:
+        keep = ((draws & 0x7FFF).to(tl.int32) >= bound) != few
+        return tl.where(keep, x, 0.0)
 
 
 @jit
@@ -75,6 +168,10 @@ def normal(x, TANH: tl.constexpr):
         phi = tl.where(u2 > 0, share, e * share)
         return phi, e * share * share * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     return 0.5 * (1.0 + tl.erf(0.7071067811865476 * x)), 0.3989422804014327 * tl.exp(-0.5 * x * x)
+
+
+# As Triton does, at import: its kernels are made for the interpreter or for a GPU once and for all.
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 @jit
@@ -127,12 +224,18 @@ def gelu_grad(x, TANH: tl.constexpr, SHORT: tl.constexpr):
 
 def interpreted() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU."""
-    return bool(triton.knobs.runtime.interpret)
+    return _INTERPRETED
 
 
 def capability() -> int:
     """The compute capability of the present CUDA device times ten: 90 for Hopper; 0 in the interpreter."""
-    return 0 if interpreted() else int(triton.runtime.driver.active.get_current_target().arch)
+    return 0 if interpreted() else _capability_of(torch.cuda.current_device())
+
+
+@functools.cache
+def _capability_of(device: int) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @functools.cache

@@ -16,11 +16,13 @@ The two gradients of y1, from the product and from the residual, are added up in
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastbert import ops  # noqa: F401  registers the ops
 from fastbert.backends import checks, select
@@ -92,8 +94,16 @@ def after_attention(
     return y2
 
 
-def _chosen(op: str, x: Tensor, dtype: torch.dtype, p: float = 0.0) -> str:
-    return select.table(op).choose(None, select.Request(x.device.type, dtype, p, index=x.device.index))
+def _best(op: str, x: Tensor, dtype: torch.dtype, p: float = 0.0) -> Any:
+    """The implementation of ``op``: called without PyTorch's dispatcher, since what is differentiated is the whole."""
+    return select.best(op, select.Request(x.device.type, dtype, p, index=x.device.index))
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """What is launched goes to ``device``, and implementations are chosen by its facts."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
 
 
 _FUSED = "bias_dropout_residual_layer_norm"
@@ -106,22 +116,18 @@ class _AfterAttention(torch.autograd.Function):
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
         context, x, *tensors, seed1, seed2, settings, dtypes = arguments
         p = Parameters(*tensors)
-        fused = torch.ops.fastbert.bias_dropout_residual_layer_norm
-        with torch.autocast(x.device.type, enabled=False):
+        fused1, fused2 = (_best(_FUSED, x, dtypes.hidden, one).forward for one in (settings.p1, settings.p2))
+        linear_gelu = _best("linear_gelu", x, dtypes.product).forward
+        with _on(x.device), torch.autocast(x.device.type, enabled=False):
             projected = F.linear(context, p.out_weight).to(dtypes.hidden)
-            y1, z1, mean1, rstd1 = fused(
-                projected, p.out_bias, x, p.norm1_weight, p.norm1_bias, settings.eps1, settings.p1, seed1, True,
-                _chosen(_FUSED, x, dtypes.hidden, settings.p1),
-            )  # fmt: skip
-            act, pre = torch.ops.fastbert.linear_gelu(
-                y1.to(dtypes.product), p.up_weight, p.up_bias, settings.approximate, True,
-                _chosen("linear_gelu", x, dtypes.product),
-            )  # fmt: skip
+            y1, z1, mean1, rstd1 = fused1(
+                projected, p.out_bias, x, p.norm1_weight, p.norm1_bias, settings.eps1, settings.p1, seed1, True
+            )
+            act, pre = linear_gelu(y1.to(dtypes.product), p.up_weight, p.up_bias, settings.approximate, True)
             projected = F.linear(act, p.down_weight).to(dtypes.hidden)
-            y2, z2, mean2, rstd2 = fused(
-                projected, p.down_bias, y1, p.norm2_weight, p.norm2_bias, settings.eps2, settings.p2, seed2, True,
-                _chosen(_FUSED, x, dtypes.hidden, settings.p2),
-            )  # fmt: skip
+            y2, z2, mean2, rstd2 = fused2(
+                projected, p.down_bias, y1, p.norm2_weight, p.norm2_bias, settings.eps2, settings.p2, seed2, True
+            )
         return y2, z1, mean1, rstd1, pre, z2, mean2, rstd2
 
     @staticmethod
@@ -133,7 +139,9 @@ class _AfterAttention(torch.autograd.Function):
         weights = (p.out_weight, p.norm1_weight, p.norm1_bias, p.up_weight, p.down_weight, p.norm2_weight)
         ctx.save_for_backward(context, *weights, seed1, seed2, *output[1:])
 
+    # Kernels record nothing: without this a second derivative would be wrong instead of refused.
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy2: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if dy2 is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -144,30 +152,29 @@ class _AfterAttention(torch.autograd.Function):
         settings, (product, hidden) = ctx.settings, ctx.dtypes
         needs_context, _, *rest = ctx.needs_input_grad
         needs = Parameters(*rest[: len(Parameters._fields)])
-        fused = torch.ops.fastbert.bias_dropout_residual_layer_norm_bwd
-        with torch.autocast(z1.device.type, enabled=False):
-            dresidual, dprojected, *grads2 = fused(
+        fused1, fused2 = (_best(_FUSED, z1, hidden, one).backward for one in (settings.p1, settings.p2))
+        with _on(z1.device), torch.autocast(z1.device.type, enabled=False):
+            dresidual, dprojected, *grads2 = fused2(
                 dy2, None, z2, norm2_weight, mean2, rstd2, settings.p2, seed2,
-                [needs.down_bias, needs.norm2_weight, needs.norm2_bias], _chosen(_FUSED, z2, hidden, settings.p2),
+                [needs.down_bias, needs.norm2_weight, needs.norm2_bias],
             )  # fmt: skip
             dprojected = (dresidual if seed2 is None else dprojected).to(product)
             ddown = None
             if needs.down_weight:
-                ddown = dprojected.T @ F.gelu(pre, approximate=settings.approximate)
+                ddown = dprojected.T @ _best("bias_gelu", pre, product).forward(pre, None, settings.approximate)
             dact = dprojected @ down_weight
             # Only its shape counts where the weight needs no gradient.
             y1 = z1
             if needs.up_weight:
-                norm = _chosen("layer_norm", z1, hidden)
-                y1 = torch.ops.fastbert.layer_norm(z1, norm1_weight, norm1_bias, settings.eps1, norm)[0]
-            dy1, dup, dup_bias = torch.ops.fastbert.linear_gelu_bwd(
-                dact, y1.to(product), up_weight, pre, settings.approximate, [True, needs.up_weight, needs.up_bias],
-                _chosen("linear_gelu", z1, product),
-            )  # fmt: skip
+                norm = _best("layer_norm", z1, hidden)
+                y1, *_ = norm.forward(z1, norm1_weight, norm1_bias, settings.eps1)
+            dy1, dup, dup_bias = _best("linear_gelu", z1, product).backward(
+                dact, y1.to(product), up_weight, pre, settings.approximate, [True, needs.up_weight, needs.up_bias]
+            )
             del dact, y1, dprojected
-            dx, dprojected, *grads1 = fused(
+            dx, dprojected, *grads1 = fused1(
                 dy1.to(hidden), dresidual, z1, norm1_weight, mean1, rstd1, settings.p1, seed1,
-                [needs.out_bias, needs.norm1_weight, needs.norm1_bias], _chosen(_FUSED, z1, hidden, settings.p1),
+                [needs.out_bias, needs.norm1_weight, needs.norm1_bias],
             )  # fmt: skip
             dprojected = (dx if seed1 is None else dprojected).to(product)
             dout = dprojected.T @ context if needs.out_weight else None

@@ -23,7 +23,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert.backends import philox
-from fastbert.models import inputs, joined, layers, packing, upstream
+from fastbert.models import encoder_inference, inputs, joined, layers, packing, upstream
+from fastbert.models.snapshot import Snapshot
 
 PACKED = "packed"
 
@@ -185,7 +186,10 @@ class BertModel(_FromSafetensors, hf.BertModel):
             seed=None if seeds is None else seeds[0],
         )
         projections = joined.join(self.encoder, hidden_states)
-        encoded = self.encoder(hidden_states, packing=packed, seeds=seeds, projections=projections).last_hidden_state
+        encoded = encoder_inference.forward(self.encoder, hidden_states, packed, projections)
+        if encoded is None:
+            encoder: Any = self.encoder
+            encoded = encoder(hidden_states, packing=packed, seeds=seeds, projections=projections).last_hidden_state
         sequence_output = packed.unpack(encoded)
         pooled_output = None
         if self.pooler is not None:
@@ -267,9 +271,27 @@ def static_padded_reason(model: hf.BertModel) -> str | None:
         return f"attn_implementation={config._attn_implementation!r} was asked for"
     if config.layer_norm_eps == 0:
         return "layer_norm_eps is 0, and a head's LayerNorm would divide by zero where padding has become zeros"
-    if reason := _replaced_part(model):
-        return reason
-    return layers.unserved(model.embeddings.LayerNorm.weight) or _hooked_part(model)
+    replaced, hooked = _looked_through(model)
+    return replaced or layers.unserved(model.embeddings.LayerNorm.weight) or hooked
+
+
+def _looked_through(model: hf.BertModel) -> tuple[str | None, str | None]:
+    """Why a part of ``model`` knows padded states only and why one of its hooks may, found again after each change."""
+    if torch.compiler.is_compiling():
+        return _look_through(model)
+    kept: Snapshot | None = model.__dict__.get("_looked_through")
+    if kept is None or not kept.holds(model):
+        # Before the look: what another thread changes meanwhile is then seen next time.
+        kept = Snapshot(model, model.modules())
+        kept.found = _look_through(model)
+        model.__dict__["_looked_through"] = kept
+    found: tuple[str | None, str | None] = kept.found
+    return found
+
+
+def _look_through(model: hf.BertModel) -> tuple[str | None, str | None]:
+    replaced = _replaced_part(model)
+    return replaced, None if replaced else _hooked_part(model)
 
 
 def _replaced_part(model: hf.BertModel) -> str | None:

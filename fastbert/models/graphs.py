@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.models import bert
+from fastbert.models.snapshot import Snapshot
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
@@ -23,6 +25,10 @@ _WARM_UP = 3
 _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")
 # What changes nothing where it says what the configuration does.
 _OUTPUTS = ("output_attentions", "output_hidden_states", "return_dict")
+# What is read of the configuration in inference and may be changed at any time.
+_SETTINGS = attrgetter("_attn_implementation", *_OUTPUTS)
+# What a graph knows of a parameter or buffer: where its numbers are, and how they are to be read.
+_FACTS = (Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("dtype"))
 # Outputs of two dimensions whose second is the position; of any other it is a class or a feature.
 _BY_POSITION = ("start_logits", "end_logits")
 
@@ -52,21 +58,20 @@ def cuda_graphs(
 
 @dataclasses.dataclass
 class _Captured:
-    """A graph with the tensors that it reads and writes, and the addresses of the parameters that it knows."""
+    """A graph with the tensors that it reads and writes."""
 
     graph: Any
     inputs: dict[str, Tensor]
     outputs: Any
-    parameters: tuple[int, ...]
 
 
 class GraphedModel(nn.Module):
     """A model whose inference is replayed from graphs; see :func:`cuda_graphs`.
 
     Padding may be anywhere in a row; but as under ``torch.compile``, the pooled output of a row that begins with it is
-    NaN. Weights may be changed in place (``load_state_dict``, an optimizer's step); where they move (``to``), graphs
-    are captured again. Outputs are copies, so the next call leaves them as they are. Calls of several threads wait for
-    each other.
+    NaN. Weights may be changed in place (``load_state_dict``, an optimizer's step); where they move (``to``), or where
+    modules or hooks change, graphs are captured again. Outputs are copies, so the next call leaves them as they are.
+    Calls of several threads wait for each other.
 
     Attributes:
         model: the model.
@@ -90,6 +95,9 @@ class GraphedModel(nn.Module):
         self._lengths = tuple(sorted(n for n in lengths if n <= model.config.max_position_embeddings))
         self._captured: dict[Bucket, _Captured] = {}
         self._refused: dict[Bucket, str] = {}
+        # The model that the graphs are of.
+        self._snapshot: Snapshot | None = None
+        self._facts: list[Any] = []
         # Made with the first graph: the memory that all graphs share, and the end of the last call.
         self._pool: Any = None
         self._done: Any = None
@@ -101,7 +109,7 @@ class GraphedModel(nn.Module):
         if reason is None:
             batch, length = given["input_ids"].shape
             bucket = (_smallest(self._batch_sizes, batch), _smallest(self._lengths, length))
-            with self._lock:
+            with self._lock, torch.cuda.device_of(given["input_ids"]):
                 reason = self._outside(bucket, batch, length) or self._replayable(bucket, given)
                 if reason is None:
                     self.route = f"graph {bucket[0]}x{bucket[1]}"
@@ -148,26 +156,38 @@ class GraphedModel(nn.Module):
 
     def _replayable(self, bucket: Bucket, given: dict[str, Tensor]) -> str | None:
         """Capture the bucket's graph unless there is one; why it can't be."""
-        parameters = tuple(p.data_ptr() for p in self.model.parameters())
-        captured = self._captured.get(bucket)
-        if captured is not None and captured.parameters == parameters:
+        if not self._unchanged():
+            # Every graph reads weights where they were, and runs the kernels of the modules that there were.
+            self._captured.clear()
+            self._refused.clear()
+            self._snapshot = Snapshot(self.model, self.model.modules(), tensors=True)
+            self._facts = self._look()
+            if not self._unchanged():
+                return "a module doesn't show whether it has changed, as those of TorchScript don't"
+        if bucket in self._captured:
             return None
         if bucket in self._refused:
             return self._refused[bucket]
-        if captured is not None:
-            # Weights moved: every graph reads where they were.
-            self._captured.clear()
         try:
-            self._captured[bucket] = self._capture(bucket, given["input_ids"].device, parameters)
+            self._captured[bucket] = self._capture(bucket, given["input_ids"].device)
         except RuntimeError as error:
             self._refused[bucket] = f"no graph could be captured: {str(error).splitlines()[0]}"
             return self._refused[bucket]
         return None
 
+    def _unchanged(self) -> bool:
+        """Whether the model is what it was when the snapshot was taken."""
+        snapshot = self._snapshot
+        return snapshot is not None and snapshot.holds(self.model) and self._look() == self._facts
+
+    def _look(self) -> list[Any]:
+        assert self._snapshot is not None
+        return [_SETTINGS(self.model.config), *(list(map(fact, self._snapshot.tensors)) for fact in _FACTS)]
+
     # Not in inference mode, even where the caller is: its tensors couldn't be written to outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _capture(self, bucket: Bucket, device: torch.device, parameters: tuple[int, ...]) -> _Captured:
+    def _capture(self, bucket: Bucket, device: torch.device) -> _Captured:
         inputs = {name: torch.zeros(bucket, dtype=torch.int64, device=device) for name in _ARGUMENTS}
         # Something to attend to, so that what is warmed up is what will run.
         inputs["attention_mask"].fill_(1)
@@ -183,7 +203,7 @@ class GraphedModel(nn.Module):
         # Other threads, of a data loader for instance, may go on using the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             outputs = self.model(**inputs)
-        return _Captured(graph, inputs, outputs, parameters)
+        return _Captured(graph, inputs, outputs)
 
     @torch.no_grad()
     def _replay(self, captured: _Captured, given: dict[str, Tensor]) -> Any:
@@ -192,11 +212,12 @@ class GraphedModel(nn.Module):
         self._done.wait()
         for name, target in captured.inputs.items():
             value = given.get(name)
-            target.zero_()
+            if target.shape != (batch, length):
+                target.zero_()
             if value is not None:
                 target[:batch, :length].copy_(value != 0 if name == "attention_mask" else value, non_blocking=True)
-            elif name == "attention_mask":
-                target[:batch, :length].fill_(1)
+            else:
+                target[:batch, :length].fill_(1 if name == "attention_mask" else 0)
         captured.graph.replay()
         outputs = _copied(captured.outputs, batch, length)
         self._done.record()

@@ -1,20 +1,25 @@
 """Query, key and value weights side by side, so that each layer's projection is one product.
 
-Where weights aren't prepacked (``backends/prepacked.py``: on a GPU, for instance) inference copies those of all layers
-into one buffer at each forward, by a launch or two for the whole model. Nothing has to be known of when a weight
-changes, and there is no wait for the device to find out. For BERT-base in 16 bits that is 42 MB read and written, 18 µs
-at an H200's 4.8 TB/s (data sheet); joining them layer by layer took two launches a layer.
+Where weights aren't prepacked (``backends/prepacked.py``: on a GPU, for instance) inference joins those of all layers
+anew at each forward, by a launch or two for the whole model. Nothing has to be known of when a weight changes, and
+there is no wait for the device to find out. The memory is the forward's own: forwards on several streams don't meet.
+For BERT-base in 16 bits that is 42 MB read and written, 18 µs at an H200's 4.8 TB/s (data sheet); joining them layer by
+layer took two launches a layer.
 """
 
 from __future__ import annotations
 
-import weakref
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.backends import prepacked
+from fastbert.models.snapshot import Snapshot
+
+_FACTS = attrgetter("shape", "dtype", "device")
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class Projection(NamedTuple):
@@ -24,15 +29,20 @@ class Projection(NamedTuple):
     bias: Tensor | None
 
 
-class _Buffers(NamedTuple):
-    """Where each weight and bias goes, the projections that they make, and the shapes that these are of."""
+class _Plan(NamedTuple):
+    """What is joined, as long as the modules and the ``facts`` about their tensors are the same.
 
-    targets: list[Tensor]
-    projections: list[Projection]
-    shapes: tuple[Any, ...]
+    ``biased`` tells which of the self-attention modules has biases; ``rows`` and ``bias_rows`` are the numbers of rows
+    of each joined weight and of each joined bias.
+    """
 
-
-_buffers: weakref.WeakKeyDictionary[nn.Module, _Buffers] = weakref.WeakKeyDictionary()
+    facts: list[Any]
+    attentions: list[nn.Module]
+    weights: list[Tensor]
+    biases: list[Tensor]
+    biased: list[bool]
+    rows: list[int]
+    bias_rows: list[int]
 
 
 def join(encoder: Any, x: Tensor) -> dict[nn.Module, Projection]:
@@ -44,49 +54,53 @@ def join(encoder: Any, x: Tensor) -> dict[nn.Module, Projection]:
         return {}
     if torch.is_grad_enabled() and x.requires_grad:
         return {}
+    plan = _plan(encoder)
+    if not plan.weights or plan.weights[0].device != x.device:
+        return {}
+    if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, (*plan.weights, *plan.biases))):
+        return {}
+    with torch.no_grad():
+        weights = torch.cat(plan.weights).split(plan.rows)
+        biases = iter(torch.cat(plan.biases).split(plan.bias_rows) if plan.biases else ())
+    projections = [Projection(w, next(biases) if b else None) for w, b in zip(weights, plan.biased, strict=True)]
+    return dict(zip(plan.attentions, projections, strict=True))
+
+
+def _plan(encoder: Any) -> _Plan:
+    """The plan that the encoder has, or a new one where something has changed."""
+    kept: Snapshot | None = encoder.__dict__.get("_joined")
+    if kept is not None and kept.holds(encoder):
+        plan: _Plan = kept.found
+        if list(map(_FACTS, kept.tensors)) == plan.facts:
+            return plan
     attentions = [layer.attention.self for layer in encoder.layer]
+    between = (encoder.layer, *encoder.layer, *(layer.attention for layer in encoder.layer), *attentions)
+    linears = (linear for one in attentions for linear in (one.query, one.key, one.value))
+    # Before anything is looked at: what another thread changes meanwhile is then seen next time.
+    made = Snapshot(encoder, (*between, *linears), tensors=True)
+    plan = made.found = _new_plan(attentions, list(map(_FACTS, made.tensors)))
+    # A tensor that is a plain attribute may be replaced without a trace in the snapshot.
+    watched = set(map(id, made.tensors))
+    encoder.__dict__["_joined"] = made if all(id(p) in watched for p in (*plan.weights, *plan.biases)) else None
+    return plan
+
+
+def _new_plan(attentions: list[Any], facts: list[Any]) -> _Plan:
     chosen = [one for one in attentions if _is_plain(one.query.weight) and one.unfused() is None]
     linears = [linear for attention in chosen for linear in (attention.query, attention.key, attention.value)]
-    sources = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
-    if not sources or (torch.is_grad_enabled() and any(p.requires_grad for p in sources)):
-        return {}
+    weights = [linear.weight for linear in linears]
+    biases = [linear.bias for linear in linears if linear.bias is not None]
     # Offloaded and flattened weights are here, and in shape, only while their layer runs.
-    if any(p.device != x.device or p.dtype != sources[0].dtype for p in sources) or any(
-        linear.weight.shape != (linear.out_features, linear.in_features) for linear in linears
+    if len({(p.device, p.dtype) for p in (*weights, *biases)}) != 1 or any(
+        linear.weight.shape != (linear.out_features, linears[0].in_features) for linear in linears
     ):
-        return {}
-    buffers = _find(encoder, linears, sources)
-    with torch.no_grad():
-        torch._foreach_copy_(buffers.targets, sources)
-    return dict(zip(chosen, buffers.projections, strict=True))
+        return _Plan(facts, [], [], [], [], [], [])
+    biased = [attention.query.bias is not None for attention in chosen]
+    rows = [3 * attention.query.weight.shape[0] for attention in chosen]
+    bias_rows = [count for count, has_bias in zip(rows, biased, strict=True) if has_bias]
+    return _Plan(facts, chosen, weights, biases, biased, rows, bias_rows)
 
 
 def _is_plain(weight: Tensor) -> bool:
     """Whether a weight is whole now: a sharded one is only while its layer runs."""
     return type(weight) in (nn.Parameter, Tensor)
-
-
-def _find(encoder: nn.Module, linears: list[nn.Linear], sources: list[Tensor]) -> _Buffers:
-    """The encoder's buffers, kept from one forward to the next."""
-    first = sources[0]
-    shapes = (first.device, first.dtype, *(p.shape for p in sources))
-    # A graph that is being captured gets buffers of its own: it must not write to ones that are dropped later.
-    capturing = first.is_cuda and torch.cuda.is_current_stream_capturing()
-    found = None if capturing else _buffers.get(encoder)
-    if found is not None and found.shapes == shapes:
-        return found
-    # Tensors made in inference mode can't be written to outside of it.
-    with torch.inference_mode(False), torch.no_grad():
-        targets, projections = [], []
-        for place in range(0, len(linears), 3):
-            three = linears[place : place + 3]
-            sizes = [linear.out_features for linear in three]
-            weight = first.new_empty(sum(sizes), three[0].in_features)
-            bias = None if three[0].bias is None else first.new_empty(sum(sizes))
-            parts = [list(weight.split(sizes))] + ([] if bias is None else [list(bias.split(sizes))])
-            targets += [part for linear_parts in zip(*parts, strict=True) for part in linear_parts]
-            projections.append(Projection(weight, bias))
-    made = _Buffers(targets, projections, shapes)
-    if not capturing:
-        _buffers[encoder] = made
-    return made

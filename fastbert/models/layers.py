@@ -308,6 +308,9 @@ class BertSelfAttention(upstream.BertSelfAttention):
 
     def _project(self, hidden_states: Tensor, projections: Projections | None) -> Tensor:
         """Query, key and value side by side: ``[T, H]`` -> ``[T, 3 * H]``."""
+        if projections and (projection := projections.get(self)):
+            prepacked.drop(self)
+            return F.linear(hidden_states, projection.weight, projection.bias)
         linears = (self.query, self.key, self.value)
         if self.unfused():
             found = [linear(hidden_states) for linear in linears]
@@ -317,8 +320,6 @@ class BertSelfAttention(upstream.BertSelfAttention):
             return torch.cat(found, dim=-1)
         if packed := _prepacked(self, hidden_states, *linears):
             return prepacked.linear(hidden_states, packed)
-        if projections and (projection := projections.get(self)):
-            return F.linear(hidden_states, projection.weight, projection.bias)
         weight = torch.cat([linear.weight for linear in linears])
         bias = None if self.query.bias is None else torch.cat([linear.bias for linear in linears])
         return F.linear(hidden_states, weight, bias)

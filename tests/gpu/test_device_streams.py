@@ -176,6 +176,40 @@ def test_a_graph_on_another_stream_than_the_last():
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+def test_a_model_on_several_streams_at_once():
+    """Each forward joins weights in memory of its own."""
+    model = twins.twins()[1].eval().cuda()
+    inputs = {key: value.cuda() for key, value in twins.batch(8, 48).items()}
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.float64, torch.float32) * 3:
+            model.to(dtype)
+            expected = model(**inputs).last_hidden_state
+            torch.cuda.synchronize()
+            actual = []
+            for stream in streams * 4:
+                with torch.cuda.stream(stream):
+                    actual.append(model(**inputs).last_hidden_state)
+            torch.cuda.synchronize()
+            for one in actual:
+                torch.testing.assert_close(one, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_a_model_on_another_device_than_the_current_one():
+    model, inputs = twins.twins()[1].eval(), twins.batch()
+    with torch.no_grad():
+        expected = model.cuda()(**{key: value.cuda() for key, value in inputs.items()}).last_hidden_state
+        model.to("cuda:1")
+        inputs = {key: value.to("cuda:1") for key, value in inputs.items()}
+        torch.testing.assert_close(model(**inputs).last_hidden_state.cpu(), expected.cpu(), atol=1e-4, rtol=1e-4)
+        graphed = fastbert.cuda_graphs(model, batch_sizes=(8,), lengths=(48,))
+        for _ in range(3):
+            actual = graphed(**inputs).last_hidden_state
+            assert graphed.route == "graph 8x48"
+            torch.testing.assert_close(actual.cpu(), expected.cpu(), atol=1e-4, rtol=1e-4)
+
+
 def test_a_fine_tuning_step_can_be_captured():
     """Forward, backward and the optimizer's step, with dropout: replays go on learning."""
     model = twins.twins("BertForSequenceClassification", **DROPOUT)[1].cuda().train()

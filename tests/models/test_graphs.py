@@ -1,11 +1,14 @@
 """``cuda_graphs``: buckets, padding, copies and reasons. Graphs that run the model again stand in for a GPU's."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
 import transformers
 from models import twins
+from torch import nn
+from transformers import activations
 
 import fastbert
 from fastbert.models import graphs
@@ -44,13 +47,13 @@ def on_cpu(monkeypatch):
     captures = []
 
     @torch.no_grad()
-    def capture(self, bucket, device, parameters):
+    def capture(self, bucket, device):
         captures.append(bucket)
         self._done = Event()
         inputs = {name: torch.zeros(bucket, dtype=torch.int64) for name in graphs._ARGUMENTS}
         inputs["attention_mask"].fill_(1)
         rerun = Rerun(self.model, inputs)
-        return graphs._Captured(rerun, inputs, rerun.outputs, parameters)
+        return graphs._Captured(rerun, inputs, rerun.outputs)
 
     monkeypatch.setattr(graphs.GraphedModel, "_capture", capture)
     monkeypatch.setattr(graphs.GraphedModel, "_missing_device", lambda self, ids: None)
@@ -129,6 +132,156 @@ def test_weights_that_move_are_captured_again(graphed, on_cpu):
     assert on_cpu == [(4, 16), (1, 8), (4, 16), (1, 8)]
 
 
+def _replace_module(model):
+    model.encoder.layer[1].output.dense = copy.deepcopy(model.encoder.layer[1].output.dense)
+
+
+def _replace_activation(model):
+    """It has no parameters."""
+    model.encoder.layer[1].intermediate.intermediate_act_fn = activations.NewGELUActivation()
+
+
+class Twice(nn.Linear):
+    def forward(self, x):
+        return 2.0 * super().forward(x)
+
+
+def _change_class(model):
+    model.pooler.dense.__class__ = Twice
+
+
+def _add_hook(model):
+    model.pooler.register_forward_hook(lambda module, args, output: 2.0 * output)
+
+
+def _add_hook_before(model):
+    model.pooler.register_forward_pre_hook(lambda module, args: (2.0 * args[0],))
+
+
+def _replace_forward(model):
+    forward = model.pooler.forward
+    model.pooler.forward = lambda states: 3.0 * forward(states)
+
+
+def _replace_parameter(model):
+    model.encoder.layer[0].attention.self.key.weight = nn.Parameter(torch.full((64, 64), 0.01))
+
+
+def _move_data(model):
+    parameter = model.embeddings.LayerNorm.bias
+    parameter.data = parameter.data + 1.0
+
+
+def _swap_data(model):
+    """The addresses are those that there were."""
+    first, second = (model.encoder.layer[place].output.LayerNorm.weight for place in (0, 1))
+    first.data, second.data = second.data, first.data
+
+
+def _transpose_data(model):
+    """At the same address."""
+    parameter = model.pooler.dense.weight
+    parameter.data = parameter.data.t()
+
+
+def _replace_buffer(model):
+    model.embeddings.position_ids = model.embeddings.position_ids.flip(1)
+
+
+def _swap_layers(model):
+    model.encoder.layer = nn.ModuleList(reversed(model.encoder.layer))
+
+
+def _cut_layers(model):
+    del model.encoder.layer[1]
+
+
+def _drop_bias(model):
+    model.encoder.layer[0].output.dense.bias = None
+
+
+def _train_a_part(model):
+    model.encoder.layer[0].attention.output.dropout.p = 0.5
+    model.encoder.layer[0].attention.output.dropout.train()
+
+
+def _assign_state(model):
+    model.load_state_dict({name: x * 1.1 for name, x in model.state_dict().items()}, assign=True)
+
+
+def _ask_for_hidden_states(model):
+    model.config.output_hidden_states = True
+
+
+CHANGES = [
+    *(_replace_module, _replace_activation, _change_class, _add_hook, _add_hook_before, _replace_forward),
+    *(_replace_parameter, _move_data, _swap_data, _transpose_data, _replace_buffer, _swap_layers, _cut_layers),
+    *(_drop_bias, _train_a_part, _assign_state, _ask_for_hidden_states),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__[1:])
+def test_no_graph_is_replayed_after_a_change(graphed, on_cpu, change):
+    """In a bucket that was captured before the change, twice, and in one that wasn't looked at since."""
+    graphed.model.train(False)
+    inputs, other = twins.batch(4, 16), twins.batch(1, 8)
+    with torch.no_grad():
+        graphed(**inputs)
+        graphed(**other)
+        graphed(**inputs)
+        assert len(on_cpu) == 2
+        change(graphed.model)
+        for one in (inputs, other):
+            torch.manual_seed(1)
+            graphed(**one)
+        # A forward that is asked for hidden states for the first time leaves hooks, another change.
+        assert on_cpu[2:4] == [(4, 16), (1, 8)]
+        for one in (inputs, other):
+            torch.manual_seed(1)
+            actual = graphed(**one)
+            torch.manual_seed(1)
+            wanted = expected(graphed, one)
+            assert actual.keys() == wanted.keys()
+            if change is not _train_a_part:
+                torch.testing.assert_close(actual.pooler_output, wanted.pooler_output, atol=2e-5, rtol=1e-4)
+        count = len(on_cpu)
+        graphed(**inputs)
+        graphed(**other)
+        assert len(on_cpu) == count <= 6
+
+
+def test_an_unchanged_model_is_captured_once_a_bucket(graphed, on_cpu):
+    with torch.no_grad():
+        for _ in range(3):
+            graphed(**twins.batch(4, 16))
+            graphed.model.load_state_dict(graphed.model.state_dict())
+            graphed.model.eval().requires_grad_(False)
+    assert on_cpu == [(4, 16)]
+
+
+def test_a_model_that_does_not_show_its_changes_runs_without_graphs(graphed, on_cpu):
+    graphed.model.pooler = torch.jit.script(nn.Sequential(nn.Flatten(1), nn.Linear(8 * 64, 64)))
+    with torch.no_grad():
+        graphed(**twins.batch(1, 8))
+    assert graphed.route.startswith("a module doesn't show whether it has changed")
+    assert on_cpu == []
+
+
+def test_a_refusal_ends_with_a_change(graphed, on_cpu, monkeypatch):
+    def refuse(self, bucket, device):
+        raise RuntimeError("not now")
+
+    with torch.no_grad():
+        with monkeypatch.context() as patch:
+            patch.setattr(graphs.GraphedModel, "_capture", refuse)
+            graphed(**twins.batch(1, 8))
+        graphed(**twins.batch(1, 8))
+        assert graphed.route == "no graph could be captured: not now"
+        _move_data(graphed.model)
+        graphed(**twins.batch(1, 8))
+    assert graphed.route == "graph 1x8"
+
+
 def test_positional_arguments(graphed):
     inputs = twins.batch(4, 16)
     with torch.no_grad():
@@ -185,7 +338,7 @@ def test_what_no_graph_serves_is_run_by_the_model_with_a_reason(graphed, on_cpu,
 def test_a_failed_capture_is_a_reason_and_is_not_tried_again(graphed, on_cpu, monkeypatch):
     tries = []
 
-    def capture(self, bucket, device, parameters):
+    def capture(self, bucket, device):
         tries.append(bucket)
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 

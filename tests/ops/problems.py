@@ -131,7 +131,7 @@ def attention(
             if p > 0.0:
                 where = torch.tensor([sequence])
                 mask = philox.attention_mask(seed_of(p, seed), where, heads, length, length, p)[0]
-                probabilities = torch.where(mask, probabilities * philox.scale(p), 0.0)
+                probabilities = torch.where(mask, probabilities * philox.attention_scale(p), 0.0)
             parts.append((probabilities @ v).transpose(0, 1))
         return torch.cat([*parts, qkv.new_zeros(spare_rows, heads, size)])
 

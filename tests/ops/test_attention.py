@@ -1,6 +1,7 @@
 """Packed attention: every length and head size, empty sequences, rows of no sequence, and its dropout."""
 
 import importlib
+import math
 import sys
 import types
 
@@ -92,7 +93,7 @@ def test_at_most_one_token_case_11_12_and_20(lengths, spare, p):
     if p > 0.0:
         sequence = torch.tensor([index for index, length in enumerate(lengths) if length])
         keep = philox.attention_mask(torch.tensor([problems.SEED]), sequence.long(), 2, 1, 1, p)
-        factor = keep[:, :, 0] * philox.scale(p)
+        factor = keep[:, :, 0] * philox.attention_scale(p)
     for impl in problem.implementations():
         output = problem.actual(qkv, impl=impl)
         (gradient,) = torch.autograd.grad(output, qkv, problem.dy)
@@ -126,8 +127,14 @@ def test_more_than_65536_rows_case_20():
 
 
 @pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-def test_scale(impl):
-    attention(scale=0.1).check(impl)
+@pytest.mark.parametrize("scale", [0.1, 0.0, -0.3])
+def test_scale(scale, impl):
+    attention(scale=scale).check(impl)
+    attention(lengths=(5, 130), heads=1, scale=scale).check(impl)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_scale_is_one_over_the_root_of_the_head_size(impl):
     qkv, cu_seqlens = torch.randn(4, 3, 1, 9), problems.cumulative([4])
     default = ops.attention(qkv, cu_seqlens, 4, impl=impl)
     assert torch.equal(default, ops.attention(qkv, cu_seqlens, 4, scale=1.0 / 3.0, impl=impl))
@@ -197,7 +204,7 @@ def test_kept_fraction_case_26(impl):
     qkv = uniform([128, 128], 8)
     output = ops.attention(qkv, problems.cumulative([128, 128]), 128, dropout_p=0.1, impl=impl)
     assert abs((output != 0).double().mean().item() - 0.9) < 0.01
-    torch.testing.assert_close(output[output != 0].unique(), torch.tensor([philox.scale(0.1) / 128]))
+    torch.testing.assert_close(output[output != 0].unique(), torch.tensor([philox.attention_scale(0.1) / 128]))
 
 
 @pytest.mark.parametrize("impl", DROPPING)
@@ -369,3 +376,43 @@ def test_offsets_that_do_not_fit(impl, offsets):
     """A CPU can see them."""
     with pytest.raises(ValueError, match=r"cu_seqlens is .*; it must ascend from 0 to at most 5"):
         call(torch.randn(5, 3, 2, 8), torch.tensor(offsets, dtype=torch.int32), max_seqlen=4, impl=impl)
+
+
+@pytest.mark.skipif("triton" not in IMPLEMENTATIONS, reason="the other implementations look at the offsets first")
+@pytest.mark.parametrize("max_seqlen", [16, 300], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "offsets", [[-5, 10], [0, -40, 10], [4, -(2**31), 20], [0, 2**31 - 1], [-9, -3], [18, 3]], ids=str
+)
+def test_offsets_that_do_not_fit_stay_within_the_tensors(offsets, max_seqlen, monkeypatch):
+    """A GPU can't say that they are wrong; rows around the tensors keep their numbers, and NaN there is not read."""
+    rows, heads, size, guard = 16, 2, 16, 4096
+    stores, new_empty = [], torch.Tensor.new_empty
+
+    def guarded(shape, dtype, fill):
+        store = torch.full([2 * guard + math.prod(shape)], fill, dtype=dtype)
+        stores.append((store, fill))
+        return store[guard:-guard].view(shape)
+
+    def guarded_like(like, *shape, dtype=None, device=None):
+        if device is not None:  # the interpreter's
+            return new_empty(like, *shape, device=device)
+        return guarded(torch.Size(shape if isinstance(shape[0], int) else shape[0]), dtype or like.dtype, 7.0)
+
+    triton = select.load("attention", "triton")
+    cu_seqlens = torch.tensor(offsets, dtype=torch.int32)
+    qkv = guarded((rows, 3, heads, size), torch.float32, torch.nan).normal_()
+    dout = guarded((rows, heads, size), torch.float32, torch.nan).normal_()
+    monkeypatch.setattr(torch.Tensor, "new_empty", guarded_like)
+    monkeypatch.setattr(torch, "empty_like", lambda like: guarded_like(like, like.shape))
+
+    def results(cu_seqlens):
+        out, lse = triton.forward(qkv, cu_seqlens, max_seqlen, 0.25, 0.0, None)
+        return out, lse, triton.backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, 0.25, 0.0, None)
+
+    actual = results(cu_seqlens)
+    for store, fill in stores[2:]:
+        assert (store[:guard] == fill).all()
+        assert (store[-guard:] == fill).all()
+    for tensor, expected in zip(actual, results(cu_seqlens.clamp(0, rows)), strict=True):
+        assert not tensor.isnan().any()
+        assert torch.equal(tensor, expected)

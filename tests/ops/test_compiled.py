@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import kernels
 from fastbert.backends import extension, select
+from fastbert.backends.launch import table
 
 pytest.importorskip("triton", reason="Triton can't be imported: its kernels can't be compiled")
 if next(select.needs_triton(select.Request("cpu", torch.float32)), None) is None:
@@ -49,6 +50,7 @@ def rows_of_a_program(launch):
 def test_every_triton_kernel(compiled):
     names = {(report.launch.op, report.launch.kernel) for report in compiled}
     assert names >= MEMORY_BOUND.keys() | {("attention", "backward_dkv_kernel"), ("linear_gelu", "forward_kernel")}
+    assert ("linear_gelu", "persistent_kernel") in names or compiled[0].capability < 90
     for report in compiled:
         launch, limits = report.launch, kernels.LIMITS[report.capability]
         what = f"{launch.op}.{launch.kernel}, {launch.dtype}, {launch.describe()}, {dict(launch.options)}"
@@ -57,6 +59,7 @@ def test_every_triton_kernel(compiled):
         assert report.shared <= limits.shared_block, f"{what} needs {report.shared} bytes of shared memory"
         assert report.occupancy > 0, what
         check_products(report, what)
+        check_persistent(report, what)
         check_accesses(report, what)
 
 
@@ -73,7 +76,28 @@ def check_products(report, what):
         expected = {"HGMMA"}
     else:
         expected = {"UTCHMMA", "HMMA"}
+    if "HGMMA" in report.instructions and launch.op == "attention" and not known_to_be_serial(launch):
+        # The steps of a product follow each other; if they were serialised, each would have a start and a wait.
+        assert report.instructions["WARPGROUP"] < report.instructions["HGMMA"], f"{what}: {report.instructions}"
     assert expected & report.instructions.keys(), f"{what} has {report.instructions} on {report.capability}"
+
+
+def check_persistent(report, what):
+    """Its tensors come and go by TMA, and as many programs fit on a multiprocessor as are launched for it."""
+    if report.launch.kernel != "persistent_kernel":
+        return
+    assert report.instructions.keys() >= {"UTMALDG", "UTMASTG"}, f"{what} has {report.instructions}"
+    assert not {"LDGSTS", "STG.128"} & report.instructions.keys(), f"{what} has {report.instructions}"
+    entries = {int(key): options for key, options in table()["linear_gelu_persistent"]["16 bits"].items()}
+    options = entries[max(key for key in entries if key <= report.capability)]
+    assert report.blocks >= options["PROGRAMS"], f"{report.blocks} of {what} fit on {report.capability}"
+
+
+def known_to_be_serial(launch):
+    """Triton waits twice for the output where its blocks are not as wide as those of the scores; ptxas gives up."""
+    constants = dict(launch.constants)
+    whole = constants.get("WHOLE", True)
+    return launch.kernel == "forward_kernel" and not whole and constants["BLOCK_N"] != constants["BLOCK_D"]
 
 
 def check_accesses(report, what):

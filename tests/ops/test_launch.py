@@ -3,12 +3,26 @@
 import itertools
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed: nothing is launched")
 
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
 from benchmarks import kernels, shapes, tune
 from fastbert.backends import launch, triton_utils
-from fastbert.ops.linear_gelu import by_shape
+from fastbert.ops.attention import triton as attention
+from fastbert.ops.bias_gelu import triton as bias_gelu
+from fastbert.ops.embedding_layer_norm import triton as embedding_layer_norm
+from fastbert.ops.layer_norm import triton as layer_norm
+from fastbert.ops.linear_gelu import by_shape, persistent
+from fastbert.ops.linear_gelu import triton as linear_gelu
+
+compiled_only = pytest.mark.skipif(
+    triton_utils.interpreted(), reason="TRITON_INTERPRET=1 is set: there is nothing to compile"
+)
 
 
 @pytest.mark.parametrize(
@@ -46,8 +60,9 @@ def test_every_class_has_its_options():
                 for keys in (32, 64, 128):
                     assert keys > entry["KEYS"] or f"{shapes}, S <= {keys}" in table[kernel]
         for kernel in ("attention_forward", "attention_backward_dq", "attention_backward_dkv"):
-            for entry in table[kernel][f"{shapes}, long"].values():
-                assert entry.keys() == {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}
+            for shape_class in (f"{shapes}, long", f"{shapes}, long, dropout"):
+                for entry in table[kernel][shape_class].values():
+                    assert entry.keys() - {"maxnreg"} == {"BLOCK_M", "BLOCK_N", "num_warps", "num_stages"}
 
 
 def test_every_row_of_the_table_can_be_tuned():
@@ -67,7 +82,9 @@ def test_measured_routes_are_written_as_they_are_read(tmp_path):
         'faster = { 64 = "triton" }\n'
     )
     for _ in range(2):  # the second time takes the place of the first
-        tune.measure_routes(path, 90, lambda dtype, N, K, rows: {"triton": rows, "cublas_triton": 1000.0})
+        tune.measure_routes(
+            path, 90, lambda dtype, N, K, rows: {"triton": rows, "cublas_triton": 1000.0, "persistent": 1001.0}
+        )
     table = by_shape.read(path)
     assert table.pop((80, "float32", 5, 7, 64)) == "triton"
     assert len(table) == len(kernels.DTYPES) * len(shapes.MODELS) * 11
@@ -75,3 +92,66 @@ def test_measured_routes_are_written_as_they_are_read(tmp_path):
         assert capability == 90
         assert route == ("triton" if rows < 1000 else "cublas_triton")
     assert path.read_text().startswith("# Which was the faster.\n")
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Launches for compute capability 9.0 that are recorded, not made: (kernel, arguments, options)."""
+    found = []
+    monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, grid, warmup, **kw: found.append((kernel, args, kw)))
+    monkeypatch.setattr(triton_utils, "capability", lambda: 90)
+    monkeypatch.setattr(triton_utils, "interpreted", lambda: False)
+    return found
+
+
+@compiled_only
+@pytest.mark.parametrize("capability", kernels.CAPABILITIES)
+def test_every_launch_fuses_multiply_adds(capability):
+    """Whatever the default of the installed Triton is."""
+    launches = kernels.all_launches(capability)
+    modules = (attention, bias_gelu, embedding_layer_norm, layer_norm, linear_gelu, persistent)
+    kernels_there = {
+        (module.__name__.split(".")[-2], name)
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("kernel")
+    }
+    if capability < 90:  # TMA's
+        kernels_there.remove(("linear_gelu", "persistent_kernel"))
+    assert {(one.op, one.kernel) for one in launches} == kernels_there
+    for one in launches:
+        assert ("enable_fp_fusion", True) in one.options, one
+
+
+def _keys(launched):
+    """What Triton compiles the recorded launches for: each kernel with its specialisation and options."""
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+    found = []
+    for kernel, args, options in launched:
+        bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        found.append((kernel, repr(bind(*args, **options)[1:])))
+    launched.clear()
+    return found
+
+
+@compiled_only
+@pytest.mark.parametrize("max_seqlen", [32, 512])
+def test_a_kernel_is_compiled_once_for_the_seeds_of_all_layers(launched, max_seqlen):
+    """Those are elements of one tensor, at steps of eight bytes; Triton tells multiples of 16 from others."""
+    qkv = torch.zeros(1024, 3, 2, 64, dtype=torch.bfloat16)
+    ids, x = torch.zeros(1024, dtype=torch.int64), torch.zeros(1024, 64, dtype=torch.bfloat16)
+    offsets = torch.arange(0, 1025, max_seqlen, dtype=torch.int32)
+    statistics = torch.zeros(1024, 1)
+    seeds = torch.zeros(4, dtype=torch.int64)
+    assert seeds.data_ptr() % 16 == 0
+    keys = []
+    for seed in seeds:
+        arguments = (offsets, max_seqlen, 0.125, 0.1, seed)
+        out, lse = attention.forward(qkv, *arguments)
+        attention.backward(out, qkv, out, lse, *arguments)
+        tables = (ids, ids, ids, x, x, x, x[0])
+        embedding_layer_norm.forward(*tables, x[0], 1e-12, 0.1, seed, -1)
+        embedding_layer_norm.backward(x, *tables, statistics, statistics, 0.1, seed, -1, [False] * 3 + [True] * 2)
+        keys.append(_keys(launched))
+    assert {kernel.fn.__name__ for kernel, _ in keys[0]} >= {"forward_kernel", "backward_kernel"}
+    assert keys[0] == keys[1] == keys[2] == keys[3]

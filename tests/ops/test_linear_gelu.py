@@ -32,6 +32,68 @@ def test_blocks(few, shape, features, dtype, monkeypatch):
     linear_gelu(shape, features, dtype).check("triton")
 
 
+PERSISTENT = pytest.mark.skipif(
+    "persistent" not in linear_gelu(dtype=torch.bfloat16).implementations(), reason="Triton's kernels don't run here"
+)
+
+
+@PERSISTENT
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize(("shape", "features"), [((1200, 72), 264), ((129, 136), 8), ((2, 5, 8), 1032)], ids=str)
+def test_persistent_programs(shape, features, approximate, dtype):
+    """Programs take several blocks each or one; no size is a multiple of a block's."""
+    linear_gelu(shape, features, dtype, approximate).check("persistent")
+    linear_gelu(shape, features, dtype, approximate, has_bias=False).check("persistent")
+
+
+@PERSISTENT
+@pytest.mark.parametrize("parts", [1, 4])
+def test_persistent_parts(parts, monkeypatch):
+    module = select.load("linear_gelu", "persistent")
+    options = module.launch.options("linear_gelu_persistent", "16 bits") | {"PARTS": parts}
+    monkeypatch.setattr(module.launch, "options", lambda kernel, shape_class: dict(options))
+    problem = linear_gelu((140, 72), 136, torch.bfloat16)
+    with torch.no_grad():  # its backward takes the options of another kernel
+        changed = problem.actual(**problem.tensors, impl="persistent")
+        monkeypatch.undo()
+        assert torch.equal(changed, problem.actual(**problem.tensors, impl="persistent"))
+
+
+@PERSISTENT
+def test_persistent_rows_that_tma_does_not_take():
+    """Rows, or a first one, beside multiples of 16 bytes; rows that overlap; copies leave the arguments alone."""
+    module = select.load("linear_gelu", "persistent")
+    storage = torch.randn(9, 40).bfloat16()
+    plain = torch.randn(24, 16).bfloat16()
+    assert module._aligned(plain) is plain
+    assert module._aligned(storage[:, 8:24]).data_ptr() == storage[:, 8:24].data_ptr()
+    for x in (storage[:, 3:19], storage.view(-1)[:351].view(9, 39)[:, :16], storage[:1, :16].expand(9, 16)):
+        copy = module._aligned(x)
+        assert torch.equal(copy, x)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0
+        expected = module.forward(copy, plain, None, "none", True)
+        assert all(map(torch.equal, module.forward(x, plain, None, "none", True), expected))
+    padded = module._aligned(storage[:, :13])
+    assert padded.shape == (9, 16)
+    assert torch.equal(padded[:, :13], storage[:, :13])
+    assert not padded[:, 13:].any()
+
+
+def test_persistent_says_what_it_can_not_serve(monkeypatch):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(select, "_INTERPRETING", False)
+    monkeypatch.setattr(select, "_capability", lambda index: (80, 90)[index])
+    table = select.table("linear_gelu")
+    half, other = (select.Request("cuda", torch.bfloat16, index=index) for index in (1, 0))
+    assert table.choose("persistent", half) == "persistent"
+    with pytest.raises(select.UnsupportedError, match=r"it needs compute capability 9\.0, and the device has 8\.0"):
+        table.choose("persistent", other)
+    with pytest.raises(select.UnsupportedError, match="computes in float16, bfloat16, and the dtype is float32"):
+        table.choose("persistent", select.Request("cuda", torch.float32, index=1))
+
+
 @implementations
 def test_without_a_gradient_nothing_is_kept(impl):
     x, weight = torch.randn(5, 8), torch.randn(6, 8)
@@ -83,7 +145,7 @@ class TestByShape:
     def test_what_it_may_not_say(self, entry, tmp_path):
         path = tmp_path / "table.toml"
         path.write_text(f'[[measured]]\ncapability = 90\ndtype = "bfloat16"\nN = 1\nK = 1\nfaster = {{ {entry} }}\n')
-        with pytest.raises(ValueError, match="is not a class of M and one of triton, cublas_triton"):
+        with pytest.raises(ValueError, match="is not a class of M and one of persistent, triton, cublas_triton"):
             self.by_shape.read(path)
 
 

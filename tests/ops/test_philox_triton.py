@@ -27,10 +27,20 @@ def _hidden(out, seed, first_group, threshold, COUNT: tl.constexpr):
 
 
 @triton_utils.jit
-def _attention(out, seed, sequence, head, threshold, M: tl.constexpr, N: tl.constexpr):
+def _attention(
+    out, seed, sequence, head, first_query, first_key, threshold,
+    M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """The kept of M queries and N keys, in rows of N: ones where they are kept."""
     query, key = tl.arange(0, M), tl.arange(0, N)
-    keep = triton_utils.attention_keep(tl.load(seed), sequence, head, query, tl.arange(0, N // 8), threshold)
-    tl.store(out + query[:, None] * N + key[None, :], keep.to(tl.int8))
+    place = out + query[:, None] * N + key[None, :]
+    if TRANSPOSED:
+        place = out + query[None, :] * N + key[:, None]
+    draws = triton_utils.attention_draws(
+        tl.load(seed), sequence, head, first_query, first_key, M, N, TRANSPOSED
+    )  # fmt: skip
+    ones = (tl.load(place) * 0 + 1).to(out.dtype.element_ty)
+    tl.store(place, triton_utils.attention_drop(ones, draws, threshold))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -42,11 +52,34 @@ def test_hidden(seed, first):
     assert torch.equal(out, (philox.hidden_draws(seed, 64, first) < philox.threshold(0.3)).to(torch.int8))
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("sequence", "head"), [(0, 0), (3, 2), (70_000, 11)])
-def test_attention(seed, sequence, head):
-    out = torch.full((16, 32), 9, dtype=torch.int8, device=DEVICE)
+def check_attention(dtype, shape, transposed, p, seed, sequence, head, first_query, first_key):
+    out = torch.full(shape, 9, dtype=dtype, device=DEVICE)
     seed = torch.tensor([seed], device=DEVICE)
-    _attention[(1,)](out, seed, sequence, head, philox.threshold(0.3), M=16, N=32)
-    expected = philox.attention_mask(seed, torch.tensor([sequence], device=DEVICE), head + 1, 16, 32, 0.3)[0, head]
-    assert torch.equal(out, expected.to(torch.int8))
+    _attention[(1,)](
+        out, seed, sequence, head, first_query, first_key, philox.attention_threshold(p), *shape, TRANSPOSED=transposed
+    )  # fmt: skip
+    queries, keys = first_query + shape[0], first_key + shape[1]
+    sequences = torch.tensor([sequence], device=DEVICE)
+    expected = philox.attention_mask(seed, sequences, head + 1, queries, keys, p)[0, head, first_query:, first_key:]
+    assert torch.equal(out, expected.to(dtype))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("sequence", "head"), [(0, 0), (3, 2), (70_000, 11)])
+def test_attention(seed, transposed, sequence, head):
+    check_attention(torch.float32, (16, 32), transposed, 0.3, seed, sequence, head, 48, 96)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", [(16, 16), (32, 16), (16, 64), (128, 64)])
+def test_attention_in_blocks(dtype, transposed, shape):
+    check_attention(dtype, shape, transposed, 0.1, SEEDS[1], 2, 3, shape[0], 3 * shape[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 2.0**-15, 0.02, 0.1, 0.5, 0.5 + 2.0**-15, 0.98, 1 - 2.0**-15, 1.0])
+def test_every_threshold(dtype, p):
+    """Near the bounds, and where the 15 bits are no float16: over both sides of one half and over nothing kept."""
+    check_attention(dtype, (64, 128), False, p, SEEDS[0], 1, 0, 0, 0)

@@ -39,8 +39,8 @@ def _drop(probabilities: Tensor, run: runs.Run, dropout_p: float, seed: Tensor |
             queries,
             keys,
             extension.memory(seed),
-            philox.threshold(dropout_p),
-            philox.scale(dropout_p),
+            philox.attention_threshold(dropout_p),
+            philox.attention_scale(dropout_p),
             torch.get_num_threads(),
         )
     return probabilities

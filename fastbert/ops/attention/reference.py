@@ -1,7 +1,7 @@
 """The oracle of packed attention: plain eager PyTorch.
 
 For each sequence and head, with ``m`` the keep mask of ``backends/philox.py`` (its position is sequence, head, query,
-key) and ``s`` = 65536 / threshold(p), about 1 / (1 - p)::
+key) and ``s`` its ``attention_scale``, about 1 / (1 - p)::
 
     S = scale * Q Kᵀ        P = softmax(S) = exp(S - lse)        lse = log(sum over keys of exp(S))
     O = (s * m * P) V
@@ -65,7 +65,7 @@ def _drop(x: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor:
     batch, heads, queries, keys = x.shape
     sequence = torch.arange(batch, device=x.device)
     mask = philox.attention_mask(seed, sequence, heads, queries, keys, dropout_p)
-    return torch.where(mask, x * philox.scale(dropout_p), 0.0)
+    return torch.where(mask, x * philox.attention_scale(dropout_p), 0.0)
 
 
 def forward(

@@ -14,20 +14,19 @@ def forward(x: Tensor, bias: Tensor | None, residual: Tensor, p: float, seed: Te
     bias = None if bias is None else bias.contiguous()
     out = torch.empty_like(x)
     cols = x.shape[-1]
-    with torch.cuda.device(x.device):
-        extension.module().bias_dropout_residual_forward_device(
-            extension.memory(x),
-            extension.memory(bias),
-            extension.memory(residual),
-            extension.memory(out),
-            x.numel() // cols,
-            cols,
-            extension.dtype_code(x.dtype),
-            extension.memory(seed),
-            philox.threshold(p),
-            philox.scale(p),
-            torch.cuda.current_stream().cuda_stream,
-        )
+    extension.module().bias_dropout_residual_forward_device(
+        extension.memory(x),
+        extension.memory(bias),
+        extension.memory(residual),
+        extension.memory(out),
+        x.numel() // cols,
+        cols,
+        extension.dtype_code(x.dtype),
+        extension.memory(seed),
+        philox.threshold(p),
+        philox.scale(p),
+        torch.cuda.current_stream().cuda_stream,
+    )
     return out
 
 
@@ -44,18 +43,17 @@ def backward(dy: Tensor, p: float, seed: Tensor | None, has_bias: bool) -> tuple
         if has_bias
         else None
     )
-    with torch.cuda.device(dy.device):
-        library.bias_dropout_residual_backward_device(
-            extension.memory(dy),
-            extension.memory(dx),
-            extension.memory(dbias),
-            extension.memory(scratch),
-            rows,
-            cols,
-            extension.dtype_code(dy.dtype),
-            extension.memory(seed),
-            philox.threshold(p),
-            philox.scale(p),
-            torch.cuda.current_stream().cuda_stream,
-        )
+    library.bias_dropout_residual_backward_device(
+        extension.memory(dy),
+        extension.memory(dx),
+        extension.memory(dbias),
+        extension.memory(scratch),
+        rows,
+        cols,
+        extension.dtype_code(dy.dtype),
+        extension.memory(seed),
+        philox.threshold(p),
+        philox.scale(p),
+        torch.cuda.current_stream().cuda_stream,
+    )
     return dx, dy.new_empty(0) if dbias is None else dbias

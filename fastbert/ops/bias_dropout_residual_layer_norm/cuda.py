@@ -22,12 +22,10 @@ from fastbert.ops.bias_dropout_residual_layer_norm import compiled
 
 
 def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``compiled.forward`` on the current stream of the device of ``x``."""
-    with torch.cuda.device(x.device):
-        return compiled.forward("device", torch.cuda.current_stream().cuda_stream, x, *arguments)
+    """``compiled.forward`` on the current stream."""
+    return compiled.forward("device", torch.cuda.current_stream().cuda_stream, x, *arguments)
 
 
 def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """``compiled.backward`` on the current stream of the device of ``dy``."""
-    with torch.cuda.device(dy.device):
-        return compiled.backward("device", torch.cuda.current_stream().cuda_stream, dy, *arguments)
+    """``compiled.backward`` on the current stream."""
+    return compiled.backward("device", torch.cuda.current_stream().cuda_stream, dy, *arguments)

@@ -19,10 +19,11 @@ from torch import Tensor
 from fastbert.ops import formulas
 
 
-def forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    """gelu(x + bias): ``[..., I]``."""
+def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """gelu(x + bias): ``[..., I]``; a ``bias`` of None is zero."""
     dtype = formulas.compute_dtype(x.dtype)
-    return formulas.gelu(x.to(dtype) + bias.to(dtype), approximate).to(x.dtype).contiguous()
+    hidden = x.to(dtype) if bias is None else x.to(dtype) + bias.to(dtype)
+    return formulas.gelu(hidden, approximate).to(x.dtype).contiguous()
 
 
 def backward(dy: Tensor, x: Tensor, bias: Tensor, approximate: str, output_mask: list[bool]) -> tuple[Tensor, Tensor]:

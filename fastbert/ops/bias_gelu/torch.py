@@ -10,8 +10,10 @@ from fastbert.ops import formulas
 _aten = torch.ops.aten
 
 
-def forward(x: Tensor, bias: Tensor, approximate: str) -> Tensor:
-    """gelu(x + bias): ``[..., I]``."""
+def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """gelu(x + bias): ``[..., I]``; a ``bias`` of None is zero."""
+    if bias is None:
+        return _aten.gelu(x.contiguous(), approximate=approximate)  # type: ignore[no-any-return]
     hidden = x.contiguous() + bias
     return _aten.gelu_(hidden, approximate=approximate)  # type: ignore[no-any-return]
 

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from fastbert.backends import launch, philox
 from fastbert.backends.partial_sums import add_partials
-from fastbert.backends.triton_utils import hidden_keep, jit, multiprocessors, pieces, rows_of
+from fastbert.backends.triton_utils import SEEDS, hidden_keep, hidden_words, jit, multiprocessors, pieces, rows_of
 
 # Tokens whose gradients one program adds up, a few of them at once: with 32k tokens of one id and four at once that is
 # 16 loads after one another, and then 32 for the parts.
@@ -69,16 +69,13 @@ def _keep(seed_ptr, token, threshold, H: tl.constexpr, START: tl.constexpr, SIZE
         return hidden_keep(seed, token[:, None] * (H // 8) + group[None, :], threshold)
     # Groups of eight elements cross rows: every element asks for its own.
     element = token[:, None] * H + START + tl.arange(0, SIZE)[None, :]
-    group = element >> 3
-    zero = tl.zeros(element.shape, dtype=tl.uint32)
-    low, high = (group & 0xFFFFFFFF).to(tl.uint32), (group >> 32).to(tl.uint32)
-    w0, w1, w2, w3 = tl.philox(seed, low, high, zero, zero)
+    w0, w1, w2, w3 = hidden_words(seed, element >> 3)
     word = tl.where((element & 4) == 0, tl.where((element & 2) == 0, w0, w1), tl.where((element & 2) == 0, w2, w3))
     draw = tl.where((element & 1) == 0, word & 0xFFFF, word >> 16)
     return draw.to(tl.int32) < threshold
 
 
-@jit(do_not_specialize=_COUNTS)
+@jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=SEEDS)
 def forward_kernel(
     input_ids_ptr, position_ids_ptr, token_type_ids_ptr,
     word_ptr, stride_word, position_ptr, stride_position, token_type_ptr, stride_token_type,
@@ -123,7 +120,7 @@ def forward_kernel(
         tl.store(y_ptr + token[:, None] * H + rest, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@jit(do_not_specialize=_COUNTS)
+@jit(do_not_specialize=_COUNTS, do_not_specialize_on_alignment=SEEDS)
 def backward_kernel(
     dy_ptr, stride_dy, input_ids_ptr, position_ids_ptr, token_type_ids_ptr,
     word_ptr, stride_word, position_ptr, stride_position, token_type_ptr, stride_token_type,

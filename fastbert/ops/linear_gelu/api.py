@@ -16,11 +16,18 @@ def _triton_reasons(request: select.Request) -> Iterator[str]:
     yield from select.needs_dtype(request, torch.float32, torch.float16, torch.bfloat16)
 
 
+def _persistent_reasons(request: select.Request) -> Iterator[str]:
+    yield from select.needs_triton(request)
+    yield from select.needs_dtype(request, torch.float16, torch.bfloat16)
+    yield from select.needs_capability(request, 90)
+
+
 _MODULE = "fastbert.ops.linear_gelu"
 TABLE = select.Table(
     "linear_gelu",
     (
         select.Implementation("by_shape", f"{_MODULE}.by_shape", _triton_reasons),
+        select.Implementation("persistent", f"{_MODULE}.persistent", _persistent_reasons),
         select.Implementation("triton", f"{_MODULE}.triton", _triton_reasons),
         select.Implementation("cublas_triton", f"{_MODULE}.cublas_triton", _triton_reasons),
         select.Implementation("torch", f"{_MODULE}.torch", select.nothing),
@@ -42,8 +49,9 @@ def linear_gelu(
         weight: ``[I, H]``.
         bias: ``[I]``, or None.
         approximate: "none" (by the error function) or "tanh".
-        impl: "by_shape" (CUDA; the next two by what was measured), "triton" (CUDA, one kernel), "cublas_triton" (CUDA,
-            two), "torch", "reference", or None for the first of them that can serve the call.
+        impl: "by_shape" (CUDA; the next three by what was measured), "persistent" (one kernel, in 16 bits from compute
+            capability 9.0 on), "triton" (CUDA, one kernel), "cublas_triton" (CUDA, two), "torch", "reference", or None
+            for the first of them that can serve the call.
 
     Returns:
         ``[..., I]``, contiguous, in the dtype that ``x`` and ``weight`` promote to, or under autocast in its dtype.
@@ -65,7 +73,7 @@ def linear_gelu(
         dtype = torch.get_autocast_dtype(device)
     else:
         dtype = torch.promote_types(x.dtype, weight.dtype)
-    chosen = TABLE.choose(impl, select.Request(device, dtype))
+    chosen = TABLE.choose(impl, select.Request(device, dtype, index=x.device.index))
     bias = None if bias is None else bias.to(dtype)
     x, weight = x.to(dtype), weight.to(dtype)
     needs_hidden = torch.is_grad_enabled() and any(

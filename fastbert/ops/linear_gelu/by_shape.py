@@ -1,4 +1,4 @@
-"""Linear-GELU by "triton" or by "cublas_triton", whichever was measured to be the faster for the shape.
+"""Linear-GELU by "persistent", "triton" or "cublas_triton", whichever was measured to be the fastest for the shape.
 
 ``by_shape.toml`` holds what was measured. A shape that isn't in it goes to "cublas_triton": its product is the best
 there is, and nobody has shown that the fused one beats it there. The choice is made inside the op, where sizes are
@@ -21,7 +21,7 @@ from fastbert.ops.linear_gelu.gradients import backward
 __all__ = ["backward", "faster", "forward", "rows_class"]
 
 MEASURED = Path(__file__).with_suffix(".toml")
-ROUTES = ("triton", "cublas_triton")
+ROUTES = ("persistent", "triton", "cublas_triton")
 UNMEASURED = "cublas_triton"
 _FEWEST_ROWS = 64
 _MOST_ROWS = 65_536

@@ -1,0 +1,149 @@
+"""Inference through an encoder on a GPU: the modules are looked at once, then only kernels are launched.
+
+A forward of few tokens is bound by the host: what ``BertLayer`` and the ops check and choose at every call takes longer
+than the kernels. Here the layers' parameters are collected when their modules have been found to be plain, and used for
+as long as nothing about these modules has changed, which is asked before every forward in a tenth of a millisecond.
+Implementations are chosen once a forward, by ``backends.select``, and called without PyTorch's dispatcher.
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastbert import ops  # noqa: F401  registers the ops
+from fastbert.backends import select
+from fastbert.models import layers
+from fastbert.models.joined import Projection
+from fastbert.models.packing import Packing
+from fastbert.models.snapshot import Snapshot
+
+# What ``.data`` can change of a parameter that stays the same object.
+_FACTS = attrgetter("shape", "dtype", "device")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class _Layer(NamedTuple):
+    """The modules whose numbers are read at every forward, and the parameters."""
+
+    attend: Any
+    out_weight: Tensor
+    out_bias: Tensor | None
+    norm1: nn.LayerNorm
+    up_weight: Tensor
+    up_bias: Tensor | None
+    approximate: str
+    down_weight: Tensor
+    down_bias: Tensor | None
+    norm2: nn.LayerNorm
+
+
+def unserved(x: Tensor) -> str | None:
+    """Why no encoder can take states like ``x`` this way, in one sentence; None when one can."""
+    if torch.is_grad_enabled():
+        return "gradients may be needed"
+    if torch.compiler.is_compiling():
+        return "the model is being traced"
+    if reason := layers.unserved(x):
+        return reason
+    if torch.is_autocast_enabled(x.device.type):
+        return "autocast chooses a dtype for each op"
+    return None
+
+
+def forward(encoder: Any, x: Tensor, packing: Packing, projections: dict[nn.Module, Projection]) -> Tensor | None:
+    """``[T, H]`` -> ``[T, H]``; None where the layers have to be called one by one."""
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return forward(encoder, x, packing, projections)
+    if not projections or unserved(x) is not None:
+        return None
+    plan = _plan(encoder, x.dtype)
+    if not plan:
+        return None
+    device, index, dtype = x.device.type, x.device.index, x.dtype
+    size = max(layer.attend.attention_head_size for layer in plan)
+    if select.table("attention").choose(None, select.Request(device, dtype, 0.0, size)) != "triton":
+        return None
+    attention = select.load("attention", "triton").forward
+    linear_gelu = select.best("linear_gelu", select.Request(device, dtype)).forward
+    fused = select.best("bias_dropout_residual_layer_norm", select.Request(device, dtype, index=index)).forward
+    cu_seqlens, max_seqlen = packing.cu_seqlens, packing.max_seqlen
+    for layer in plan:
+        attend = layer.attend
+        projection = projections[attend]
+        qkv = F.linear(x, projection.weight, projection.bias)
+        context, _ = attention(
+            qkv.view(qkv.shape[0], 3, -1, attend.attention_head_size), cu_seqlens, max_seqlen, attend.scaling, 0.0, None
+        )
+        projected = F.linear(context.view(x.shape[0], -1), layer.out_weight)
+        norm = layer.norm1
+        x, *_ = fused(projected, layer.out_bias, x, norm.weight, norm.bias, norm.eps, 0.0, None, False)
+        act, _ = linear_gelu(x, layer.up_weight, layer.up_bias, layer.approximate, False)
+        projected = F.linear(act, layer.down_weight)
+        norm = layer.norm2
+        x, *_ = fused(projected, layer.down_bias, x, norm.weight, norm.bias, norm.eps, 0.0, None, False)
+    return x
+
+
+def _plan(encoder: Any, dtype: torch.dtype) -> list[_Layer]:
+    """The layers, for states of ``dtype``; none where a part is not what it seems or computes something else.
+
+    They are kept, with what their parameters were, until something has changed.
+    """
+    kept: Snapshot | None = encoder.__dict__.get("_inference")
+    if kept is not None and kept.holds(encoder):
+        found: list[_Layer]
+        found, facts = kept.found
+        if facts == [dtype, *map(_FACTS, kept.tensors)]:
+            return found
+    # Before anything is looked at: what another thread changes meanwhile is then seen next time.
+    made = Snapshot(encoder, encoder.modules(), tensors=True)
+    facts = [dtype, *map(_FACTS, made.tensors)]
+    found = _new_plan(encoder) if all(tensor.dtype == dtype for tensor in made.tensors) else []
+    made.found = found, facts
+    encoder.__dict__["_inference"] = made
+    return found
+
+
+def _new_plan(encoder: Any) -> list[_Layer]:
+    if layers.unusual(encoder, layers.BertEncoder) or any(map(_is_called, encoder.modules())):
+        return []
+    found = []
+    for layer in encoder.layer:
+        if layers.unusual(layer, layers.BertLayer) or layer.unfused() is not None:
+            return []
+        attend: Any = layer.attention.self
+        if layers.unusual(attend, layers.BertSelfAttention) or attend.unfused() is not None:
+            return []
+        out, up, down = layer.attention.output, layer.intermediate, layer.output
+        approximate = layers.gelu_approximation(up.intermediate_act_fn)
+        assert approximate is not None
+        made = _Layer(
+            *(attend, out.dense.weight, out.dense.bias, out.LayerNorm),
+            *(up.dense.weight, up.dense.bias, approximate),
+            *(down.dense.weight, down.dense.bias, down.LayerNorm),
+        )
+        if not _fits(made, *attend.query.weight.shape):
+            return []
+        found.append(made)
+    return found
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether something wants to see the module's inputs or outputs, or trains it."""
+    return module.training or any(getattr(module, name) for name in _HOOKS) or "forward" in module.__dict__
+
+
+def _fits(layer: _Layer, heads: int, hidden: int) -> bool:
+    """Whether the parameters are those of a layer of ``hidden`` features, ``heads`` of them for all heads together."""
+    features = layer.up_weight.shape[0]
+    shapes = ((hidden, heads), (features, hidden), (hidden, features))
+    weights = (layer.out_weight, layer.up_weight, layer.down_weight)
+    return all(weight.shape == shape for weight, shape in zip(weights, shapes, strict=True)) and all(
+        norm.weight.shape == (hidden,) for norm in (layer.norm1, layer.norm2)
+    )

@@ -125,8 +125,8 @@ def attention_draws(seed: Tensor, sequence: Tensor, heads: int, queries: int, ke
     draws = _halves(words).unflatten(-1, (2, 2, 2)).unflatten(3, (blocks_k, 4)).unflatten(2, (blocks_q, 8))
     # [N, A, i, j, k, l, a, b, h] -> [N, A, i, a, j, k, b, l, h]
     draws = draws.permute(0, 1, 2, 6, 3, 4, 7, 5, 8).flatten(5).flatten(2, 4)
-    kept: Tensor = draws[:, :, :queries, :keys] & 0x7FFF
-    return kept
+    inside: Tensor = draws[:, :, :queries, :keys]
+    return inside & 0x7FFF
 
 
 def hidden_mask(seed: Tensor, shape: torch.Size, p: float) -> Tensor:

@@ -24,8 +24,9 @@ jit: Any = triton.jit
 # twice for that.
 SEEDS = ("seed_ptr",)
 
-# Whether kernels are compiled: the decorator decides, once and for all, when a module is imported.
-_COMPILED = tl.constexpr(not triton.knobs.runtime.interpret)
+# As Triton does, at import: its kernels are made for the interpreter or for a GPU once and for all.
+_INTERPRETED = bool(triton.knobs.runtime.interpret)
+_COMPILED = tl.constexpr(not _INTERPRETED)
 
 
 @jit
@@ -168,10 +169,6 @@ def normal(x, TANH: tl.constexpr):
         phi = tl.where(u2 > 0, share, e * share)
         return phi, e * share * share * 1.5957691216057308 * (1.0 + 0.134145 * x * x)
     return 0.5 * (1.0 + tl.erf(0.7071067811865476 * x)), 0.3989422804014327 * tl.exp(-0.5 * x * x)
-
-
-# As Triton does, at import: its kernels are made for the interpreter or for a GPU once and for all.
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 @jit

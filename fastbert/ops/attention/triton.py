@@ -227,14 +227,14 @@ def backward_short_kernel(
         if DROPOUT:
             draws = attention_draws(tl.load(seed_ptr), sequence, head, start, start, BLOCK, BLOCK, False)
             dropped = attention_drop(p, draws, threshold)
-            dp = attention_drop(dp * kept_scale, draws, threshold)
+            dp = attention_drop(dp, draws, threshold)
         dv = dot(tl.trans(dropped.to(do.dtype)), do, None, PRECISION) * kept_scale
         _put(dq_ptr + 2 * part, row, 3 * part, column, valid, dv, D, BLOCK_D)
         delta = tl.sum(p * dp, 1)
         ds = (p * (dp - delta[:, None])).to(q.dtype)
-        dq = dot(ds, k, None, PRECISION) * scale
+        dq = dot(ds, k, None, PRECISION) * (scale * kept_scale)
         _put(dq_ptr, row, 3 * part, column, valid, dq, D, BLOCK_D)
-        dk = dot(tl.trans(ds), q, None, PRECISION) * scale
+        dk = dot(tl.trans(ds), q, None, PRECISION) * (scale * kept_scale)
         _put(dq_ptr + part, row, 3 * part, column, valid, dk, D, BLOCK_D)
     for index in tl.static_range(3):
         _clear(
@@ -258,7 +258,7 @@ def _parted(pair):
 @jit
 def _dq_block(
     q, do, dq, delta, lse2, k_ptr, v_ptr, stride_row, first, start_n, length, column, scale2,
-    seed_ptr, sequence, head, start, threshold, kept_scale,
+    seed_ptr, sequence, head, start, threshold,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     MASKED: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -276,7 +276,7 @@ def _dq_block(
     dp = dot(do, tl.trans(v), None, PRECISION)
     if DROPOUT:
         draws = attention_draws(tl.load(seed_ptr), sequence, head, start, start_n, q.shape[0], BLOCK_N, False)
-        dp = attention_drop(dp * kept_scale, draws, threshold)
+        dp = attention_drop(dp, draws, threshold)
     ds = p * (dp - delta[:, None])
     return dot(ds.to(k.dtype), k, dq, PRECISION)
 
@@ -291,8 +291,9 @@ def backward_dq_kernel(
 ):  # fmt: skip
     """A block of queries of one sequence and head: dQ, and what ``backward_dkv_kernel`` needs of the queries.
 
-    ``statistics`` ``[A, slots, BLOCK_M]`` holds the log-sum-exp, to base two, and delta of each query. It has a place
-    for each query of a block, so that it is read without a mask: beyond the last query, the log-sum-exp is infinite.
+    ``statistics`` ``[A, slots, BLOCK_M]`` holds the log-sum-exp, to base two, and delta over ``kept_scale`` of each
+    query. It has a place for each query of a block, so that it is read without a mask: beyond the last query, the
+    log-sum-exp is infinite. dP, dS and delta are without ``kept_scale``, which dQ and dK are multiplied with.
     """
     head, slot, sequence, first, length, start = _place(
         tl.program_id(0), cu_seqlens_ptr, rows, heads, sequences, steps, BLOCK_M, False
@@ -313,6 +314,8 @@ def backward_dq_kernel(
             row, stride_dout, column, valid, D, BLOCK_D,
         ).to(q.dtype)  # fmt: skip
         delta = tl.sum(do.to(tl.float32) * out.to(tl.float32), 1)
+        if DROPOUT:
+            delta *= threshold * (1.0 / 32768)  # over kept_scale, which may be zero
         lse = tl.load(lse_ptr + head.to(tl.int64) * rows + above + token, mask=valid, other=float("inf"))
         lse2 = lse * _LOG2_E
         place = (head.to(tl.int64) * slots + slot) * BLOCK_M + token
@@ -324,15 +327,15 @@ def backward_dq_kernel(
             for start_n in range(0, full, BLOCK_N):
                 dq = _dq_block(
                     q, do, dq, delta, lse2, k_ptr, v_ptr, stride_row, first, start_n, length, column, scale2,
-                    seed_ptr, sequence, head, start, threshold, kept_scale,
+                    seed_ptr, sequence, head, start, threshold,
                     D, BLOCK_N, BLOCK_D, False, DROPOUT, PRECISION,
                 )  # fmt: skip
         dq = _dq_block(
             q, do, dq, delta, lse2, k_ptr, v_ptr, stride_row, first, full, length, column, scale2,
-            seed_ptr, sequence, head, start, threshold, kept_scale,
+            seed_ptr, sequence, head, start, threshold,
             D, BLOCK_N, BLOCK_D, True, DROPOUT, PRECISION,
         )  # fmt: skip
-        _put(dq_ptr + above * (3 * heads * D), row, 3 * heads * D, column, valid, dq * scale, D, BLOCK_D)
+        _put(dq_ptr + above * (3 * heads * D), row, 3 * heads * D, column, valid, dq * (scale * kept_scale), D, BLOCK_D)
     _clear(dq_ptr, 3 * heads * D, cu_seqlens_ptr, rows, sequences, slot, slots, column, BLOCK_M, D, BLOCK_D)
 
 
@@ -386,12 +389,11 @@ def backward_dkv_kernel(
                 if DROPOUT:
                     draws = attention_draws(tl.load(seed_ptr), sequence, head, start_m, start, BLOCK_M, BLOCK_N, True)
                     dropped = attention_drop(pt, draws, threshold)
-                    dpt *= kept_scale
                 dv = dot(dropped.to(do.dtype), do, dv, PRECISION)
                 dst = dropped * dpt - pt * delta[None, :]
                 dk = dot(dst.to(q.dtype), q, dk, PRECISION)
         dk_ptr = head_dk_ptr + above * (3 * part)
-        _put(dk_ptr, key_row, 3 * part, column, key_valid, dk * scale, D, BLOCK_D)
+        _put(dk_ptr, key_row, 3 * part, column, key_valid, dk * (scale * kept_scale), D, BLOCK_D)
         _put(dk_ptr + part, key_row, 3 * part, column, key_valid, dv * kept_scale, D, BLOCK_D)
     for index in tl.static_range(2):
         _clear(

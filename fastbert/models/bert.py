@@ -225,11 +225,7 @@ class BertModel(_FromSafetensors, hf.BertModel):
             read = torch.ones_like(mask)
         elif read is not None:
             read = read.reshape(mask.shape).to(mask.device)
-        if self.pooler is not None:
-            first = torch.zeros_like(mask)
-            first[:, 0] = True
-            read = first if read is None else read | first
-        packed = packing.from_mask(mask, read)
+        packed = packing.from_mask(mask, read, read_first=self.pooler is not None)
         if packed is None:
             return None, "the head or the pooler uses the states of padded positions"
         return packed, None

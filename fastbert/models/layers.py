@@ -218,12 +218,11 @@ class BertEmbeddings(upstream.BertEmbeddings):
             padded: Tensor = super().forward(input_ids, token_type_ids, position_ids, inputs_embeds, *args, **kwargs)
             return padded
         shape = packing.shape
-        if position_ids is None:
-            position_ids = self._positions(packing)
+        positions = self._positions(packing) if position_ids is None else packing.pack(position_ids.expand(shape))
         if token_type_ids is None:
-            token_type_ids = torch.zeros((1, 1), dtype=torch.int64, device=position_ids.device)
-        positions = packing.pack(position_ids.expand(shape))
-        types = packing.pack(token_type_ids.expand(shape))
+            types = torch.zeros_like(positions, dtype=torch.int64)
+        else:
+            types = packing.pack(token_type_ids.expand(shape))
         p = dropout_p(self.dropout)
         if inputs_embeds is None and self.unfused() is None:
             assert input_ids is not None
@@ -252,14 +251,13 @@ class BertEmbeddings(upstream.BertEmbeddings):
         return ops.bias_dropout_residual(normalised, None, torch.zeros_like(normalised), p=p, seed=seed)
 
     def _positions(self, packing: Packing) -> Tensor:
-        """Positions count from the start of each sequence: int64 ``[1, S]``."""
-        batch, seqlen = packing.shape
-        place = torch.arange(seqlen, device=packing.cu_seqlens.device)
-        if packing.cu_seqlens.shape[0] == batch + 1:
-            return place.unsqueeze(0)
+        """Positions count from the start of each sequence: int64 ``[T]``."""
+        place = packing.places()
+        if packing.cu_seqlens.shape[0] == packing.shape[0] + 1:
+            return place
         # One row of several sequences: subtract the start of the sequence that each token is in.
         sequence = torch.searchsorted(packing.cu_seqlens, place.to(torch.int32), right=True) - 1
-        return (place - packing.cu_seqlens[sequence]).unsqueeze(0)
+        return place - packing.cu_seqlens[sequence]
 
 
 class BertSelfAttention(upstream.BertSelfAttention):

@@ -30,6 +30,13 @@ class Packing(NamedTuple):
     valid: Tensor | None
     shape: tuple[int, int]
 
+    def places(self) -> Tensor:
+        """For each packed token its place in its row of the batch: int64 ``[T]``."""
+        batch, seqlen = self.shape
+        if self.indices is not None:
+            return self.indices % seqlen
+        return torch.arange(seqlen, device=self.cu_seqlens.device).repeat(batch)
+
     def pack(self, x: Tensor) -> Tensor:
         """``[B, S, ...]`` -> ``[T, ...]``; padding that stays (static size) is set to zero in floating tensors."""
         if self.valid is not None and x.is_floating_point():
@@ -72,28 +79,31 @@ def from_mask_static(mask: Tensor) -> Packing:
     """The packing of a bool mask ``[B, S]`` without a look at its values: T = B * S, valid tokens first."""
     batch, seqlen = mask.shape
     indices = torch.argsort(mask.flatten().to(torch.int8), descending=True, stable=True)
-    return Packing(_cu_seqlens(mask), seqlen, indices, mask, (batch, seqlen))
+    cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return Packing(cu_seqlens, seqlen, indices, mask, (batch, seqlen))
 
 
-def from_mask(mask: Tensor, read: Tensor | None) -> Packing | None:
+def from_mask(mask: Tensor, read: Tensor | None, read_first: bool = False) -> Packing | None:
     """The packing of a bool mask ``[B, S]``: T valid tokens. Waits for the device once.
 
-    ``read`` (bool ``[B, S]``) marks positions whose hidden state the caller will use. If one of them is padding in a
-    sequence that isn't all padding, there is no packing that keeps it, and None is returned.
+    ``read`` (bool ``[B, S]``) marks positions whose hidden state the caller will use, and ``read_first`` says that it
+    will use the first of each sequence. If one of them is padding in a sequence that isn't all padding, there is no
+    packing that keeps it, and None is returned.
     """
     batch, seqlen = mask.shape
-    lengths = mask.sum(1)
-    facts = [lengths.sum(), lengths.max()]
+    lengths = mask.sum(1, dtype=torch.int32)
+    cu_seqlens = lengths.new_zeros(batch + 1)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
+    facts = [cu_seqlens[-1], lengths.max()]
+    # Of sequences that are all padding the lengths are zero, and nothing that is read of them counts.
+    if read_first:
+        facts.append((lengths * ~mask[:, 0]).max())
     if read is not None:
-        facts.append((read & ~mask & (lengths > 0).unsqueeze(1)).any())
-    tokens, longest, *reads_padding = torch.stack([fact.to(torch.int64) for fact in facts]).tolist()
+        facts.append((lengths * (read > mask).any(1)).max())
+    tokens, longest, *reads_padding = torch.stack(facts).tolist()
     if any(reads_padding):
         return None
     if tokens == batch * seqlen:
-        return full(batch, seqlen, mask.device)
+        return Packing(cu_seqlens, seqlen, None, None, (batch, seqlen))
     indices = torch.argsort(mask.flatten().to(torch.int8), descending=True, stable=True)[:tokens]
-    return Packing(_cu_seqlens(mask), longest, indices, None, (batch, seqlen))
-
-
-def _cu_seqlens(mask: Tensor) -> Tensor:
-    return F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+    return Packing(cu_seqlens, longest, indices, None, (batch, seqlen))

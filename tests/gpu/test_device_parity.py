@@ -22,7 +22,9 @@ def check(make, *args, **kwargs):
         first = next(iter(problem.tensors.values()))
         size = first.shape[-1] if problem.op == "attention" else None
         request = select.Request("cuda", first.dtype, problem.dropout_p, size)
-        names = [row.implementation for row in select.table(problem.op).explain(request) if not row.reasons]
+        # The oracle in the dtype itself adds up with atomics here: from run to run it is another number.
+        able = [row.implementation for row in select.table(problem.op).explain(request) if not row.reasons]
+        names = [name for name in able if name != "reference"]
         assert names[0] not in ("composed", "torch", "reference"), select.table(problem.op).explain(request)
         problem.check(*names)
 

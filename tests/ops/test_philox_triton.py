@@ -26,7 +26,8 @@ def _hidden(out, seed, first_group, threshold, COUNT: tl.constexpr):
     tl.store(out + tl.arange(0, COUNT), keep.to(tl.int8))
 
 
-@triton_utils.jit
+# As in the kernels no place is a constant: those of a launch with 0 or 1 would be.
+@triton_utils.jit(do_not_specialize=["sequence", "head", "first_query", "first_key", "threshold"])
 def _attention(
     out, seed, sequence, head, first_query, first_key, threshold,
     M: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr,

@@ -53,6 +53,16 @@ class Settings(NamedTuple):
     approximate: str
 
 
+class _Kernels(NamedTuple):
+    """The implementations of the ops, chosen once for the forward and the backward."""
+
+    fused1: Any
+    fused2: Any
+    linear_gelu: Any
+    bias_gelu: Any
+    layer_norm: Any
+
+
 class _Dtypes(NamedTuple):
     """Of the products, and of the residual stream, which under autocast may be wider."""
 
@@ -84,12 +94,22 @@ def after_attention(
     casts = (
         product, dtypes.hidden, norms[0], norms[0], product, product, product, dtypes.hidden, norms[1], norms[1],
     )  # fmt: skip
-    tensors = [None if tensor is None else tensor.to(dtype) for tensor, dtype in zip(p, casts, strict=True)]
+    tensors = [
+        tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
+        for tensor, dtype in zip(p, casts, strict=True)
+    ]
+    kernels = _Kernels(
+        _best(_FUSED, x, dtypes.hidden, settings.p1),
+        _best(_FUSED, x, dtypes.hidden, settings.p2),
+        _best("linear_gelu", x, product),
+        _best("bias_gelu", x, product),
+        _best("layer_norm", x, dtypes.hidden),
+    )
     seed1 = checks.dropout_seed(settings.p1, seed1, x.device)
     seed2 = checks.dropout_seed(settings.p2, seed2, x.device)
     # torch gives apply no types.
     y2: Tensor = _AfterAttention.apply(
-        context.to(product), x.to(dtypes.hidden), *tensors, seed1, seed2, settings, dtypes
+        context.to(product), x.to(dtypes.hidden), *tensors, seed1, seed2, settings, dtypes, kernels
     )[0]  # type: ignore[no-untyped-call]
     return y2
 
@@ -114,25 +134,25 @@ class _AfterAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        context, x, *tensors, seed1, seed2, settings, dtypes = arguments
+        context, x, *tensors, seed1, seed2, settings, dtypes, kernels = arguments
         p = Parameters(*tensors)
-        fused1, fused2 = (_best(_FUSED, x, dtypes.hidden, one).forward for one in (settings.p1, settings.p2))
-        linear_gelu = _best("linear_gelu", x, dtypes.product).forward
         with _on(x.device), torch.autocast(x.device.type, enabled=False):
             projected = F.linear(context, p.out_weight).to(dtypes.hidden)
-            y1, z1, mean1, rstd1 = fused1(
+            y1, z1, mean1, rstd1 = kernels.fused1.forward(
                 projected, p.out_bias, x, p.norm1_weight, p.norm1_bias, settings.eps1, settings.p1, seed1, True
             )
-            act, pre = linear_gelu(y1.to(dtypes.product), p.up_weight, p.up_bias, settings.approximate, True)
+            act, pre = kernels.linear_gelu.forward(
+                y1.to(dtypes.product), p.up_weight, p.up_bias, settings.approximate, True
+            )
             projected = F.linear(act, p.down_weight).to(dtypes.hidden)
-            y2, z2, mean2, rstd2 = fused2(
+            y2, z2, mean2, rstd2 = kernels.fused2.forward(
                 projected, p.down_bias, y1, p.norm2_weight, p.norm2_bias, settings.eps2, settings.p2, seed2, True
             )
         return y2, z1, mean1, rstd1, pre, z2, mean2, rstd2
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        context, _, *tensors, seed1, seed2, ctx.settings, ctx.dtypes = inputs
+        context, _, *tensors, seed1, seed2, ctx.settings, ctx.dtypes, ctx.kernels = inputs
         p = Parameters(*tensors)
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
@@ -149,30 +169,28 @@ class _AfterAttention(torch.autograd.Function):
             context, out_weight, norm1_weight, norm1_bias, up_weight, down_weight, norm2_weight, seed1, seed2,
             z1, mean1, rstd1, pre, z2, mean2, rstd2,
         ) = ctx.saved_tensors  # fmt: skip
-        settings, (product, hidden) = ctx.settings, ctx.dtypes
+        settings, (product, hidden), kernels = ctx.settings, ctx.dtypes, ctx.kernels
         needs_context, _, *rest = ctx.needs_input_grad
         needs = Parameters(*rest[: len(Parameters._fields)])
-        fused1, fused2 = (_best(_FUSED, z1, hidden, one).backward for one in (settings.p1, settings.p2))
         with _on(z1.device), torch.autocast(z1.device.type, enabled=False):
-            dresidual, dprojected, *grads2 = fused2(
+            dresidual, dprojected, *grads2 = kernels.fused2.backward(
                 dy2, None, z2, norm2_weight, mean2, rstd2, settings.p2, seed2,
                 [needs.down_bias, needs.norm2_weight, needs.norm2_bias],
             )  # fmt: skip
             dprojected = (dresidual if seed2 is None else dprojected).to(product)
             ddown = None
             if needs.down_weight:
-                ddown = dprojected.T @ _best("bias_gelu", pre, product).forward(pre, None, settings.approximate)
+                ddown = dprojected.T @ kernels.bias_gelu.forward(pre, None, settings.approximate)
             dact = dprojected @ down_weight
             # Only its shape counts where the weight needs no gradient.
             y1 = z1
             if needs.up_weight:
-                norm = _best("layer_norm", z1, hidden)
-                y1, *_ = norm.forward(z1, norm1_weight, norm1_bias, settings.eps1)
-            dy1, dup, dup_bias = _best("linear_gelu", z1, product).backward(
+                y1, *_ = kernels.layer_norm.forward(z1, norm1_weight, norm1_bias, settings.eps1)
+            dy1, dup, dup_bias = kernels.linear_gelu.backward(
                 dact, y1.to(product), up_weight, pre, settings.approximate, [True, needs.up_weight, needs.up_bias]
             )
             del dact, y1, dprojected
-            dx, dprojected, *grads1 = fused1(
+            dx, dprojected, *grads1 = kernels.fused1.backward(
                 dy1.to(hidden), dresidual, z1, norm1_weight, mean1, rstd1, settings.p1, seed1,
                 [needs.out_bias, needs.norm1_weight, needs.norm1_bias],
             )  # fmt: skip
@@ -181,4 +199,4 @@ class _AfterAttention(torch.autograd.Function):
             dcontext = dprojected @ out_weight if needs_context else None
         gradients = (dout, *grads1, dup, dup_bias, ddown, *grads2)
         wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-        return dcontext, dx, *wanted, None, None, None, None
+        return dcontext, dx, *wanted, None, None, None, None, None

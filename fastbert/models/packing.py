@@ -100,10 +100,11 @@ def from_mask(mask: Tensor, read: Tensor | None, read_first: bool = False) -> Pa
         facts.append((lengths * ~mask[:, 0]).max())
     if read is not None:
         facts.append((lengths * (read > mask).any(1)).max())
+    # Launched before the wait, so that the device has something to do meanwhile.
+    order = torch.argsort(mask.flatten().to(torch.int8), descending=True, stable=True)
     tokens, longest, *reads_padding = torch.stack(facts).tolist()
     if any(reads_padding):
         return None
     if tokens == batch * seqlen:
         return Packing(cu_seqlens, seqlen, None, None, (batch, seqlen))
-    indices = torch.argsort(mask.flatten().to(torch.int8), descending=True, stable=True)[:tokens]
-    return Packing(cu_seqlens, longest, indices, None, (batch, seqlen))
+    return Packing(cu_seqlens, longest, order[:tokens], None, (batch, seqlen))

@@ -121,6 +121,8 @@ def backward(
 
 def _parameter(parameter: Tensor, dtype: torch.dtype) -> Tensor:
     """``parameter`` as the extension takes it: contiguous, in ``dtype`` or else in float32."""
+    if parameter.dtype == dtype and parameter.is_contiguous():
+        return parameter
     return parameter.to(parameter.dtype if parameter.dtype == dtype else torch.float32).contiguous()
 
 

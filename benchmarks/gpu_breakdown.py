@@ -2,9 +2,10 @@
 
     python -m benchmarks.gpu_breakdown FILE [WORK ...]
 
-For each work: the wall time of a call when the host waits for the device after each, the time that the host takes to
-issue a call, and for each kernel its launches and microseconds in a call, by PyTorch's profiler. What the host does is
-profiled too, by function. All of it is written to FILE, one JSON object a line.
+For each work: the wall time of a call when the host waits for the device after each, and the time that the host takes
+to issue a call. Then, of all works again, for each kernel its launches and microseconds in a call, by PyTorch's
+profiler, which slows every launch that comes after it; and what the host does, by function. All of it is written to
+FILE, one JSON object a line.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def _call(work: str, model: Model, batch: Batch) -> Callable[[], object]:
     return torch.inference_mode()(lambda: made(**inputs))
 
 
-def breakdown(call: Callable[[], object]) -> dict[str, Any]:
-    """Wall and host milliseconds of a call, its kernels, and the functions in which the host spends its time."""
+def times(call: Callable[[], object]) -> dict[str, Any]:
+    """Wall and host milliseconds of a call."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -68,6 +69,12 @@ def breakdown(call: Callable[[], object]) -> dict[str, Any]:
         host.append(time.perf_counter() - start)
         torch.cuda.synchronize()
         wall.append(time.perf_counter() - start)
+    return {"wall_milliseconds": 1e3 * statistics.median(wall), "host_milliseconds": 1e3 * statistics.median(host)}
+
+
+def breakdown(call: Callable[[], object]) -> dict[str, Any]:
+    """The kernels of a call, and the functions in which the host spends its time."""
+    call()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(_CALLS):
             call()
@@ -78,8 +85,6 @@ def breakdown(call: Callable[[], object]) -> dict[str, Any]:
         if event.self_device_time_total > 0
     ]
     return {
-        "wall_milliseconds": 1e3 * statistics.median(wall),
-        "host_milliseconds": 1e3 * statistics.median(host),
         "kernel_milliseconds": sum(kernel["microseconds"] for kernel in kernels) / 1e3,
         "kernels": sorted(kernels, key=lambda kernel: -kernel["microseconds"]),
         "functions": _functions(call),
@@ -112,14 +117,21 @@ def main() -> None:
     parser.add_argument("works", nargs="*", metavar="WORK", default=WORKS)
     args = parser.parse_args()
     with args.file.open("a", encoding="utf-8") as file:
-        for work in args.works:
-            found = {"work": work, **breakdown(_call(work, _BASE, _BATCHES[work.split()[1]]))}
-            file.write(json.dumps(found) + "\n")
+
+        def write(line: dict[str, Any]) -> None:
+            file.write(json.dumps(line) + "\n")
             file.flush()
-            print(
-                f"{work}: wall {found['wall_milliseconds']:.2f} ms, host {found['host_milliseconds']:.2f} ms, ", end=""
-            )
-            print(f"kernels {found['kernel_milliseconds']:.2f} ms", flush=True)
+
+        for work in args.works:
+            found = times(_call(work, _BASE, _BATCHES[work.split()[1]]))
+            write({"work": work, **found})
+            wall, host = found["wall_milliseconds"], found["host_milliseconds"]
+            print(f"{work}: wall {wall:.2f} ms, host {host:.2f} ms", flush=True)
+            torch.cuda.empty_cache()
+        for work in args.works:
+            found = breakdown(_call(work, _BASE, _BATCHES[work.split()[1]]))
+            write({"work": work, **found})
+            print(f"{work}: kernels {found['kernel_milliseconds']:.2f} ms", flush=True)
             for kernel in found["kernels"][:14]:
                 print(f"  {kernel['microseconds']:9.1f} us {kernel['launches']:6.1f} x {kernel['kernel'][:90]}")
             torch.cuda.empty_cache()

@@ -26,7 +26,8 @@ def add_partials_kernel(
     for start in range(0, rows, ROWS):
         row = start + tl.arange(0, ROWS).to(tl.int64)[:, None]
         total += tl.load(partial_ptr + row * columns + column[None, :], mask=(row < rows) & inside[None, :], other=0.0)
-    sums = tl.sum(total, 0).to(first_ptr.dtype.element_ty)
+    # In steps of few additions each, so that few roundings add up where a sum takes one number after the other.
+    sums = tl.sum(tl.sum(tl.reshape(total, [ROWS // 8, 8, COLUMNS]), 1), 0).to(first_ptr.dtype.element_ty)
     if tl.program_id(1) == 0:
         tl.store(first_ptr + column, sums, mask=inside)
     else:

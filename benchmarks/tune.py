@@ -40,14 +40,14 @@ HEADS = 12
 # Where an inference and a fine-tuning step spend their time: what is tuned when there are minutes.
 FEW = (
     ("attention_forward", "16 bits, D <= 64, long"),
+    ("attention_forward", "16 bits, D <= 64, long, dropout"),
     ("attention_backward_dq", "16 bits, D <= 64, long"),
+    ("attention_backward_dq", "16 bits, D <= 64, long, dropout"),
     ("attention_backward_dkv", "16 bits, D <= 64, long"),
+    ("attention_backward_dkv", "16 bits, D <= 64, long, dropout"),
     ("attention_forward", "16 bits, D <= 64, S <= 128"),
     ("attention_backward", "16 bits, D <= 64, S <= 128"),
     ("linear_gelu_persistent", "16 bits"),
-    ("linear_gelu", "16 bits, large"),
-    ("linear_gelu", "16 bits, small"),
-    ("layer_norm_backward", "H <= 768"),
 )
 
 Options = dict[str, int]
@@ -90,7 +90,7 @@ _GATHER_LOOP = functools.partial(_tiles, ("ROWS", "num_warps", "PROGRAMS"))
 _BLOCK_LOOP = functools.partial(_tiles, ("ROWS", "COLUMNS", "num_warps", "STAGES", "PROGRAMS"))
 
 _FORWARD_LONG = {
-    16: _CAPPED((128, 64, 8, 3, 128), (64, 64, 4, 3, 168)) + _ATTENTION(
+    16: _CAPPED((128, 64, 8, 3, 128), (64, 64, 4, 3, 168), (128, 64, 8, 2, 128), (64, 64, 4, 3, 128)) + _ATTENTION(
         (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2), (128, 32, 4, 3),
         (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)
     ),
@@ -99,8 +99,8 @@ _FORWARD_LONG = {
 }  # fmt: skip
 # The block that stays is [BLOCK_M] queries for dq and [BLOCK_N] keys for dk and dv.
 _BACKWARD_LONG = {
-    16: ((128, 64, 8, 3), (64, 64, 4, 3), (128, 64, 8, 2), (128, 32, 8, 2), (64, 64, 8, 2), (64, 64, 4, 2),
-         (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
+    16: ((128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 8, 2),
+         (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
     32: ((32, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2), (32, 16, 4, 2), (16, 32, 8, 2), (16, 32, 4, 2),
          (16, 16, 4, 2), (16, 16, 8, 2)),
 }  # fmt: skip
@@ -289,32 +289,32 @@ def _seconds(target: Target, options: Options) -> float:
         return sum(do_bench(call(torch.device("cuda")), return_mode="median") for call in target.calls) / 1000.0
 
 
-def _time_routes(dtype: torch.dtype, features: int, hidden: int, rows: int) -> dict[str, float]:
-    """Seconds of each route of linear-GELU, in training, on the present GPU."""
+def _time_routes(dtype: torch.dtype, features: int, hidden: int, rows: int, training: bool) -> dict[str, float]:
+    """Seconds of each route of linear-GELU on the present GPU."""
     from triton.testing import do_bench
 
     device = torch.device("cuda")
     rows_of_table = select.table("linear_gelu").explain(select.Request("cuda", dtype))
     routes = [row.implementation for row in rows_of_table if row.implementation in by_shape.ROUTES and not row.reasons]
-    made = {route: calls.linear_gelu(features, hidden, dtype, rows, True, device, route) for route in routes}
-    return {route: do_bench(call, return_mode="median") / 1000.0 for route, call in made.items()}
+    made = {route: calls.linear_gelu(features, hidden, dtype, rows, training, device, route) for route in routes}
+    return {route: do_bench(call, warmup=10, rep=30, return_mode="median") / 1e3 for route, call in made.items()}
 
 
 def measure_routes(
-    path: Path, capability: int, seconds: Callable[[torch.dtype, int, int, int], dict[str, float]] = _time_routes
+    path: Path, capability: int, seconds: Callable[[torch.dtype, int, int, int, bool], dict[str, float]] = _time_routes
 ) -> None:
     """Time the routes of linear-GELU at the models' shapes and write which was the fastest; keep other capabilities."""
     text = path.read_text(encoding="utf-8")
     entries = [entry for entry in tomllib.loads(text)["measured"] if entry["capability"] != capability]
     classes = [2**power for power in range(17) if by_shape.rows_class(2**power) == 2**power]
-    for dtype, shape in itertools.product(reversed(kernels.DTYPES), shapes.MODELS.values()):
+    for dtype, shape, training in itertools.product(reversed(kernels.DTYPES), shapes.MODELS.values(), (False, True)):
+        N, K, name = shape.intermediate, shape.hidden, str(dtype).removeprefix("torch.")
         faster = {}
         for rows in classes:
-            times = seconds(dtype, shape.intermediate, shape.hidden, rows)
+            times = seconds(dtype, N, K, rows, training)
             faster[str(rows)] = min(times, key=lambda route: times[route])
-            print(f"linear_gelu, {dtype}, {rows} x {shape.hidden} -> {shape.intermediate}: {times}", flush=True)
-        name = str(dtype).removeprefix("torch.")
-        entry = {"capability": capability, "dtype": name, "N": shape.intermediate, "K": shape.hidden, "faster": faster}
+            print(f"linear_gelu, {name}, {rows} x {K} -> {N}, training {training}: {times}", flush=True)
+        entry = {"capability": capability, "dtype": name, "N": N, "K": K, "training": training, "faster": faster}
         entries.append(entry)
         _write_routes(path, text, entries)
 
@@ -325,7 +325,12 @@ def _write_routes(path: Path, text: str, entries: list[dict[str, Any]]) -> None:
     for entry in entries:
         routes = ", ".join(f'{rows} = "{route}"' for rows, route in entry["faster"].items())
         lines += ["", "[[measured]]", f"capability = {entry['capability']}", f'dtype = "{entry["dtype"]}"']
-        lines += [f"N = {entry['N']}", f"K = {entry['K']}", f"faster = {{ {routes} }}"]
+        lines += [
+            f"N = {entry['N']}",
+            f"K = {entry['K']}",
+            f"training = {str(entry['training']).lower()}",
+            f"faster = {{ {routes} }}",
+        ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -79,16 +79,18 @@ def test_measured_routes_are_written_as_they_are_read(tmp_path):
     path = tmp_path / "by_shape.toml"
     path.write_text(
         '# Which was the faster.\n[[measured]]\ncapability = 80\ndtype = "float32"\nN = 5\nK = 7\n'
-        'faster = { 64 = "triton" }\n'
+        'training = true\nfaster = { 64 = "triton" }\n'
     )
     for _ in range(2):  # the second time takes the place of the first
         tune.measure_routes(
-            path, 90, lambda dtype, N, K, rows: {"triton": rows, "cublas_triton": 1000.0, "persistent": 1001.0}
+            path,
+            90,
+            lambda dtype, N, K, rows, training: {"triton": rows, "cublas_triton": 1000.0, "persistent": 1001.0},
         )
     table = by_shape.read(path)
-    assert table.pop((80, "float32", 5, 7, 64)) == "triton"
-    assert len(table) == len(kernels.DTYPES) * len(shapes.MODELS) * 11
-    for (capability, _, _, _, rows), route in table.items():
+    assert table.pop((80, "float32", 5, 7, True, 64)) == "triton"
+    assert len(table) == len(kernels.DTYPES) * len(shapes.MODELS) * 2 * 11
+    for (capability, *_, rows), route in table.items():
         assert capability == 90
         assert route == ("triton" if rows < 1000 else "cublas_triton")
     assert path.read_text().startswith("# Which was the faster.\n")

@@ -128,23 +128,27 @@ class TestByShape:
     def test_what_it_says(self, tmp_path, monkeypatch):
         path = tmp_path / "table.toml"
         path.write_text(
-            '[[measured]]\ncapability = 90\ndtype = "bfloat16"\nN = 3072\nK = 768\nfaster = { 128 = "triton" }\n'
+            '[[measured]]\ncapability = 90\ndtype = "bfloat16"\nN = 3072\nK = 768\n'
+            'training = false\nfaster = { 128 = "triton" }\n'
         )
         table = self.by_shape.read(path)
         monkeypatch.setattr(self.by_shape, "_measured", lambda: table)
         monkeypatch.setattr(self.by_shape, "capability", lambda: 90)
-        assert self.by_shape.faster(torch.bfloat16, 100, 3072, 768) == "triton"
+        assert self.by_shape.faster(torch.bfloat16, 100, 3072, 768, False) == "triton"
         for changed in (
-            (torch.float16, 100, 3072, 768),
-            (torch.bfloat16, 129, 3072, 768),
-            (torch.bfloat16, 100, 768, 768),
+            (torch.float16, 100, 3072, 768, False),
+            (torch.bfloat16, 129, 3072, 768, False),
+            (torch.bfloat16, 100, 768, 768, False),
+            (torch.bfloat16, 100, 3072, 768, True),
         ):
             assert self.by_shape.faster(*changed) == "cublas_triton"
 
     @pytest.mark.parametrize("entry", ['100 = "triton"', '128 = "torch"'])
     def test_what_it_may_not_say(self, entry, tmp_path):
         path = tmp_path / "table.toml"
-        path.write_text(f'[[measured]]\ncapability = 90\ndtype = "bfloat16"\nN = 1\nK = 1\nfaster = {{ {entry} }}\n')
+        path.write_text(
+            f'[[measured]]\ncapability = 90\ndtype = "bfloat16"\nN = 1\nK = 1\ntraining = true\nfaster = {{ {entry} }}\n'
+        )
         with pytest.raises(ValueError, match="is not a class of M and one of persistent, triton, cublas_triton"):
             self.by_shape.read(path)
 

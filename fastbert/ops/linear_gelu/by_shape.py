@@ -32,8 +32,12 @@ def rows_class(rows: int) -> int:
     return min(max(_FEWEST_ROWS, 1 << (rows - 1).bit_length()), _MOST_ROWS)
 
 
-def read(path: Path) -> dict[tuple[int, str, int, int, int], str]:
-    """What a table of measurements says: (compute capability times ten, dtype, N, K, class of M) -> implementation.
+# (compute capability times ten, dtype, N, K, whether h is kept, class of M)
+Key = tuple[int, str, int, int, bool, int]
+
+
+def read(path: Path) -> dict[Key, str]:
+    """What a table of measurements says: the implementation for each key.
 
     Raises:
         ValueError: an entry names another implementation than ``ROUTES``, or a number of rows that is no class.
@@ -43,18 +47,19 @@ def read(path: Path) -> dict[tuple[int, str, int, int, int], str]:
         for rows, route in entry["faster"].items():
             if route not in ROUTES or rows_class(int(rows)) != int(rows):
                 raise ValueError(f"{path}: {rows} = {route!r} is not a class of M and one of {', '.join(ROUTES)}")
-            found[entry["capability"], entry["dtype"], entry["N"], entry["K"], int(rows)] = route
+            shape = entry["capability"], entry["dtype"], entry["N"], entry["K"]
+            found[*shape, entry["training"], int(rows)] = route
     return found
 
 
 @functools.cache
-def _measured() -> dict[tuple[int, str, int, int, int], str]:
+def _measured() -> dict[Key, str]:
     return read(MEASURED)
 
 
-def faster(dtype: torch.dtype, M: int, N: int, K: int) -> str:
-    """The implementation for ``[M, K]`` times ``[N, K]`` transposed on the present device."""
-    key = (capability(), str(dtype).removeprefix("torch."), N, K, rows_class(M))
+def faster(dtype: torch.dtype, M: int, N: int, K: int, training: bool) -> str:
+    """The implementation for ``[M, K]`` times ``[N, K]`` transposed on the present device; ``training`` keeps h."""
+    key = (capability(), str(dtype).removeprefix("torch."), N, K, training, rows_class(M))
     return _measured().get(key, UNMEASURED)
 
 
@@ -63,6 +68,6 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(gelu(h) ``[..., I]``, h ``[..., I]``, or ``[0]`` where it isn't needed)."""
     (N, K), rows = weight.shape, x.numel() // x.shape[-1]
-    implementation = select.load("linear_gelu", faster(x.dtype, rows, N, K))
+    implementation = select.load("linear_gelu", faster(x.dtype, rows, N, K, needs_hidden))
     output: tuple[Tensor, Tensor] = implementation.forward(x, weight, bias, approximate, needs_hidden)
     return output

@@ -264,7 +264,7 @@ def test_autocast_changes_no_arithmetic_inside(maker):
 @pytest.mark.skipif("triton" not in problems.layer_norm().implementations(), reason="Triton's kernels don't run here")
 @pytest.mark.parametrize("name", ["layer_norm", "bias_gelu", "embedding_layer_norm"])
 def test_sums_of_more_rows_than_programs(name, monkeypatch):
-    """Triton's kernels sum gradients of weights and biases over rows in a few programs a multiprocessor, here of one."""
+    """Triton's kernels sum gradients of weights and biases in a few programs for each multiprocessor, here for one."""
     problem = problems.MAKERS[name]()
     monkeypatch.setattr(select.load(problem.op, "triton"), "multiprocessors", lambda device: 1)
     problem.check("triton")

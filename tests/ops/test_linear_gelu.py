@@ -146,9 +146,8 @@ class TestByShape:
     @pytest.mark.parametrize("entry", ['100 = "triton"', '128 = "torch"'])
     def test_what_it_may_not_say(self, entry, tmp_path):
         path = tmp_path / "table.toml"
-        path.write_text(
-            f'[[measured]]\ncapability = 90\ndtype = "bfloat16"\nN = 1\nK = 1\ntraining = true\nfaster = {{ {entry} }}\n'
-        )
+        head = '[[measured]]\ncapability = 90\ndtype = "bfloat16"\nN = 1\nK = 1\ntraining = true\n'
+        path.write_text(f"{head}faster = {{ {entry} }}\n")
         with pytest.raises(ValueError, match="is not a class of M and one of persistent, triton, cublas_triton"):
             self.by_shape.read(path)
 

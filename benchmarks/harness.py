@@ -279,5 +279,7 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
 def _copy_rate(device: torch.device) -> float:
     source = torch.empty(2**30 if device.type == "cuda" else 2**27, dtype=torch.int8, device=device).random_()
     target = torch.empty_like(source)
-    samples, _ = interleave({"copy": lambda: target.copy_(source)}, 0.5, device, graphed=True)["copy"]
-    return 2.0 * source.numel() / (1e-3 * summarise(samples).p20)
+    # In a graph a copy may be the copy engine's, which a kernel outruns.
+    ways = {"copy": lambda: target.copy_(source), "kernel": lambda: torch.bitwise_not(source, out=target)}
+    timed = interleave(ways, 0.5, device, graphed=True)
+    return 2.0 * source.numel() / min(1e-3 * summarise(samples).p20 for samples, _ in timed.values())

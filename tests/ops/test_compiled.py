@@ -39,12 +39,14 @@ def compiled(request):
     return kernels.reports([(launch, request.param) for launch in launches])
 
 
-def rows_of_a_program(launch):
-    """Elements of one tensor that a program of a memory-bound kernel holds at once."""
+def pieces_of_a_program(launch):
+    """Elements of one tensor that a program of a memory-bound kernel holds at once, by the pieces it reads them in."""
     constants = dict(launch.constants)
     if launch.op == "attention":
-        return constants.get("BLOCK", constants.get("BLOCK_M")) * constants["D"]
-    return constants["ROWS"] * constants.get("H", constants.get("COLUMNS"))
+        return [constants.get("BLOCK", constants.get("BLOCK_M")) * constants["D"]]
+    if "BLOCK" in constants:
+        return [constants["ROWS"] * constants["BLOCK"], constants["ROWS"] * constants["REST"]]
+    return [constants["ROWS"] * constants.get("H", constants.get("COLUMNS"))]
 
 
 def test_every_triton_kernel(compiled):
@@ -107,7 +109,10 @@ def check_accesses(report, what):
         return
     read, written = MEMORY_BOUND[launch.op, launch.kernel]
     size = 4 if launch.kernel == "segment_kernel" else torch.finfo(DTYPES[launch.dtype]).bits // 8
-    each = rows_of_a_program(launch) * size / (32 * report.warps * 16)
+    lanes = 32 * report.warps
+    # A piece of fewer than 16 bytes a lane can't be read 16 at a time.
+    each = [elements * size / (lanes * 16) for elements in pieces_of_a_program(launch)]
+    each = sum(accesses for accesses in each if accesses >= 1)
     for name, tensors in (("LDG", read), ("STG", written)):
         wide = report.instructions.get(f"{name}.128", 0) + 2 * report.instructions.get(f"{name}.256", 0)
         if name == "LDG":

@@ -181,11 +181,12 @@ def _contest_rows(contest: dict[str, results.Row]) -> Iterator[list[str]]:
 
 
 def _headlines(data: dict[str, Any]) -> str:
-    """BERT-base against Hugging Face and OpenVINO."""
+    """BERT-base against Hugging Face and OpenVINO, or those of them that were measured."""
     versions = {name: version for name, version in data["environment"]["versions"].items() if version}
     told = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "openvino") if name in versions)
     header = ["work", "batch", "padding", "dtype", "fastbert, ms", "of floor"]
-    for peer in _HEADLINE_PEERS:
+    peers = [peer for peer in _HEADLINE_PEERS if any(row["contestant"] == peer for row in results.timed(data["rows"]))]
+    for peer in peers:
         header += [f"{peer}, ms", "faster by"]
     rows = []
     for contest in results.contests(data["rows"]).values():
@@ -194,7 +195,7 @@ def _headlines(data: dict[str, Any]) -> str:
             continue
         cells = [ours["work"], ours["batch"], f"{ours['padding_ratio']:.0%}", ours["dtype"]]
         cells += [results.spread(ours["milliseconds"]), f"{ours['share_of_floor']:.0%}"]
-        for peer in _HEADLINE_PEERS:
+        for peer in peers:
             row = contest.get(peer, {})
             if "milliseconds" in row:
                 cells += [results.spread(row["milliseconds"]), f"{row['fastbert_is_faster_by']:.2f}×"]

@@ -23,6 +23,8 @@ DROPPING = attention(p=0.1).implementations()
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("length", [1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 127, 128, 129, 511, 512])
 def test_lengths_case_9(length, p):
+    if length > 500 and select._INTERPRETING:
+        length //= 2  # several blocks are several blocks, and the interpreter takes half a minute for these
     attention(lengths=(length, length // 3), heads=2 if length < 500 else 1, size=8, p=p).check()
 
 

@@ -173,7 +173,10 @@ print(len(compiled), len(kept), failed)
         run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stderr
         told.append(run.stdout.split())
-    assert told == [["2", "0", "[]"], ["0", "2", "[]"]]
+    (compiled, kept, _), (compiled_again, found, _) = told
+    assert int(compiled) >= 2
+    assert (kept, compiled_again, found) == ("0", "0", compiled)
+    assert {errors for *_, errors in told} == {"[]"}
 
 
 def test_steps_end_quietly_without_a_gpu(tmp_path, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """Inference through the encoder without its modules' forwards: on a GPU, or in Triton's interpreter."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -66,6 +67,32 @@ def test_it_computes_what_the_layers_do(model, taken):
     assert torch.equal(first, one_by_one(model))
     assert torch.equal(first, states(model))
     assert taken == [True, False, True]
+
+
+def test_it_launches_seven_operations_a_layer(model, taken, monkeypatch):
+    """Three products, attention, the product with GELU, and the rows' two passes: eight kernels with a GELU apart."""
+    counts = Counter()
+
+    def counted(name, function):
+        def call(*args):
+            counts[name] += 1
+            return function(*args)
+
+        return call
+
+    monkeypatch.setattr(encoder_inference.F, "linear", counted("product", encoder_inference.F.linear))
+    request = select.Request(DEVICE, torch.float32, index=0 if DEVICE == "cuda" else None)
+    for op in ("attention", "linear_gelu", "bias_dropout_residual_layer_norm"):
+        module = select.best(op, request)
+        monkeypatch.setattr(module, "forward", counted(op, module.forward))
+    states(model)
+    assert taken == [True]
+    layers_count = len(model.encoder.layer)
+    # The product inside linear_gelu is its own, and the pooler has another.
+    inside = counts["product"] - 3 * layers_count - 1
+    assert 0 <= inside <= layers_count
+    expected = {"attention": 1, "linear_gelu": 1, "bias_dropout_residual_layer_norm": 2}
+    assert {op: counts[op] for op in expected} == {op: count * layers_count for op, count in expected.items()}
 
 
 def rescale(parameter):

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import calls
 from fastbert.backends import extension, triton_utils
-from fastbert.models import bert, joined, layers
+from fastbert.models import bert, encoder_inference, joined, layers
 from fastbert.ops.bias_dropout_residual_layer_norm import compiled
 
 # Not prepacked on a CPU: the dtype of choice for a test of what runs where nothing is.
@@ -408,6 +408,9 @@ def _launches(layers_count, monkeypatch):
     monkeypatch.setattr(joined, "_is_plain", lambda weight: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(extension, "missing_on_device", lambda index: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    # It launches what the layers do, without the operators by which they are counted here (test_encoder_inference.py).
+    monkeypatch.setattr(encoder_inference, "unserved", lambda x: "the layers are counted")
     with torch.device("meta"):
         config = twins.config(
             num_hidden_layers=layers_count, hidden_size=768, num_attention_heads=12, intermediate_size=3072

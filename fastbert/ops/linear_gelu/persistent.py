@@ -19,8 +19,6 @@ layouts    TMA asks for rows at multiples of 16 bytes: others are copied first, 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -29,7 +27,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert.backends import launch
-from fastbert.backends.triton_utils import dot, dot_precision, gelu, interpreted, jit, rows_of
+from fastbert.backends.triton_utils import dot, dot_precision, gelu, interpreted, jit, multiprocessors, rows_of
 from fastbert.ops.linear_gelu.gradients import backward
 
 __all__ = ["backward", "forward"]
@@ -102,12 +100,6 @@ def persistent_kernel(
         _store(hidden, bias_ptr, y, hidden_out, row, column, N, TANH, HAS_BIAS, NEEDS_HIDDEN, PARTS)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    """Those of a GPU; in the interpreter a few, so that programs take several blocks."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
 def _aligned(x: Tensor) -> Tensor:
     """``x`` ``[rows, columns]`` as TMA takes it: itself or a copy, where need be with columns of zeros more."""
     size = x.element_size()
@@ -141,13 +133,14 @@ def _launch(
 ) -> None:
     M, K = x.shape
     options = launch.options("linear_gelu_persistent", "16 bits")
-    multiprocessors, delay = _multiprocessors(x.device), options.pop("DELAY")
-    resident = options.pop("PROGRAMS") * multiprocessors
+    # In the interpreter a few, so that programs take several blocks.
+    at_once, delay = 3 if interpreted() else multiprocessors(x.device), options.pop("DELAY")
+    resident = options.pop("PROGRAMS") * at_once
     block_m, block_n, block_k = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
     blocks = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     programs = min(resident, blocks)
     # With fewer than two blocks each, what a late begin costs at the end isn't won back.
-    first_delayed = multiprocessors if blocks >= 2 * resident else programs
+    first_delayed = at_once if blocks >= 2 * resident else programs
     part = [block_m, block_n // options["PARTS"]]
     persistent_kernel[(programs,)](
         TensorDescriptor(x, [M, K], [x.stride(0), 1], [block_m, block_k]),

@@ -1,7 +1,7 @@
 """What the training commands learn from the docstrings of the standard library, run as a user runs them.
 
-``python -m benchmarks.training`` writes ``results/training.json``, of which docs/training.md shows a table; a test runs
-the same, shorter, and holds the scores against frequencies, a coin, and TF-IDF with logistic regression.
+``python -m benchmarks.training`` writes ``results/training.json``, of which docs/training.md shows a table; a test
+runs the same, shorter, and holds the scores against frequencies, and TF-IDF with logistic regression.
 """
 
 from __future__ import annotations
@@ -33,22 +33,26 @@ from .environment import RESULTS, environment
 _DOCSTRINGS = 100
 _EVALUATED = 0.2
 _PRETRAIN = {"vocab-size": 4096, "max-length": 32, "learning-rate": 1e-3, "logging-steps": 50}
+_CLASSIFY = {"max-length": 64, "learning-rate": 2e-4}
 _OBJECTIVES: dict[str, dict[str, Any]] = {"mlm+nsp": {}, "mae": {"mask-ratio": 0.15}}
 
 
-def packages() -> list[tuple[str, str]]:
-    """(docstring, package) for every different docstring of the packages and modules that have a hundred."""
+def packages(at_least: int = _DOCSTRINGS) -> list[tuple[str, str]]:
+    """(docstring, package) for every different docstring of the packages and modules that have ``at_least`` so many."""
     package_of = {docstring.text: docstring.module.partition(".")[0] for docstring in standard_library.docstrings()}
     counts = collections.Counter(package_of.values())
-    found = [(text, package) for text, package in package_of.items() if counts[package] >= _DOCSTRINGS]
+    found = [(text, package) for text, package in package_of.items() if counts[package] >= at_least]
     random.Random(0).shuffle(found)
     return found
 
 
-def pretrain(folder: Path, objective: str, steps: int) -> dict[str, Any]:
-    """Pretrain from scratch: the command, its seconds and its scores, beside what the frequencies of tokens give."""
+def pretrain(folder: Path, objective: str, steps: int, **options: Any) -> dict[str, Any]:
+    """Pretrain from scratch: the command, its seconds and its scores, beside what the frequencies of tokens give.
+
+    ``options`` are the command's, ``vocab_size`` for ``--vocab-size``.
+    """
     arguments = ["pretrain", "--objective", objective, "--output", folder / "out", "--steps", steps]
-    for name, value in (_PRETRAIN | _OBJECTIVES[objective]).items():
+    for name, value in (_PRETRAIN | _OBJECTIVES[objective] | _flags(options)).items():
         arguments += [f"--{name}", value]
     found = _run(arguments, folder)
     entropy = float((folder / "out" / "README.md").read_text("utf-8").partition("unigram entropy of ")[2].split()[0])
@@ -68,17 +72,24 @@ def pretrain(folder: Path, objective: str, steps: int) -> dict[str, Any]:
     return {**found, "baselines": baselines}
 
 
-def classify(folder: Path, epochs: int) -> dict[str, Any]:
-    """Fine-tune MiniLM to tell a docstring's package, beside TF-IDF with logistic regression on the same split."""
-    examples = packages()
+def classify(
+    folder: Path, epochs: int, at_least: int = _DOCSTRINGS, most: int | None = None, **options: Any
+) -> dict[str, Any]:
+    """Fine-tune MiniLM to tell a docstring's package, beside TF-IDF with logistic regression on the same split.
+
+    ``at_least`` is for ``packages``, ``most`` limits their docstrings, ``options`` are the command's, as above.
+    """
+    examples = packages(at_least)[:most]
     count = round(_EVALUATED * len(examples))
     for name, rows in (("eval", examples[:count]), ("train", examples[count:])):
         with (folder / f"{name}.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("text", "label"), *rows])
     arguments = [
         *("finetune", "--task", "classification", "--train", folder / "train.csv", "--eval", folder / "eval.csv"),
-        *("--output", folder / "out", "--epochs", epochs, "--max-length", 64, "--learning-rate", 2e-4),
+        *("--output", folder / "out", "--epochs", epochs),
     ]
+    for name, value in (_CLASSIFY | _flags(options)).items():
+        arguments += [f"--{name}", value]
     found = _run(arguments, folder)
     words = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2))
     baseline = make_pipeline(words, LogisticRegression(C=30, max_iter=500))
@@ -91,6 +102,10 @@ def classify(folder: Path, epochs: int) -> dict[str, Any]:
         "macro_f1": {name: float(f1_score(labels, predicted, average="macro"))},
     }
     return {**found, "examples": len(examples), "labels": len(set(labels)), "baselines": baselines}
+
+
+def _flags(options: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("_", "-"): value for name, value in options.items()}
 
 
 def _run(arguments: list[Any], folder: Path) -> dict[str, Any]:

@@ -16,11 +16,11 @@ def main() -> tuple[float, float, BertModel]:
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model = BertForMaskedAutoencoding.from_pretrained(checkpoint).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
-    texts = [docstring.text for docstring, _ in zip(docstrings(), range(320), strict=False)]
+    texts = [docstring.text for docstring, _ in zip(docstrings(), range(256), strict=False)]
     losses = []
     for start in range(0, len(texts), 16):
         batch = tokenizer(
-            texts[start : start + 16], padding=True, truncation=True, max_length=64,
+            texts[start : start + 16], padding=True, truncation=True, max_length=32,
             return_special_tokens_mask=True, return_tensors="pt",
         )  # fmt: skip
         special = batch.pop("special_tokens_mask").bool()

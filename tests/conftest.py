@@ -20,6 +20,13 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if folder := config.getoption("--parity-json"):
         config.pluginmanager.register(Kept(Path(folder)))
+    if select._INTERPRETING:
+        import interpreter  # imports Triton
+
+        interpreter.speed_up()
+    else:
+        # The kernels of the host divide their work, also where OMP_NUM_THREADS=1 holds for processes that tests start.
+        torch.set_num_threads(2)
 
 
 class Kept:
@@ -55,7 +62,16 @@ class Kept:
         )
 
 
-def pytest_collection_modifyitems(items):
+def pytest_report_header():
+    return None if torch.cuda.is_available() else "no CUDA device: tests marked `gpu` are left out"
+
+
+def pytest_collection_modifyitems(config, items):
+    options = config.option
+    if not (torch.cuda.is_available() or options.collectonly or options.markexpr):
+        gpu = [item for item in items if item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
     reasons = {}
     if not torch.cuda.is_available():
         reasons["gpu"] = "needs a CUDA device, and there is none"
@@ -65,6 +81,9 @@ def pytest_collection_modifyitems(items):
         for mark, reason in reasons.items():
             if item.get_closest_marker(mark):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    # Several processes take a file each, in this order: none is left with a slow one at the end.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(autouse=True)

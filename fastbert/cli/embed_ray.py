@@ -53,14 +53,14 @@ class Worker:
     """Embeds windows on one device; an actor of Ray Data holds one.
 
     Args:
-        options: of the command. The texts, the checkpoint and the output folder have the same paths on all machines.
-        about: kept in each file.
+        given: a reference to the command's options and what is kept in each file. The texts, the checkpoint and the
+            output folder have the same paths on all machines.
     """
 
-    def __init__(self, options: Options, about: dict[str, Any]) -> None:
-        self._options = options
-        self._about = about
-        self._embedder = embed.make_embedder(options, checkpoint.find(options.model, options.allow_pickle))
+    def __init__(self, given: ray.ObjectRef[tuple[Options, dict[str, Any]]]) -> None:
+        self._options, self._about = ray.get(given)
+        bert = checkpoint.find(self._options.model, self._options.allow_pickle)
+        self._embedder = embed.make_embedder(self._options, bert)
 
     def __call__(self, row: dict[str, int]) -> dict[str, Any]:
         """Write the file of a window; gives its number of rows, and why it has none."""
@@ -227,7 +227,8 @@ def _embedded(options: Options, about: dict[str, Any], windows: list[Window]) ->
     made = data.map(
         # Ray makes actors of a class, which its annotation leaves out.
         Worker,  # type: ignore[arg-type]
-        fn_constructor_args=(options, about),
+        # Ray's statistics take the arguments too. A reference does not make them import fastbert.
+        fn_constructor_args=(ray.put((options, about)),),
         # Down to one, because Ray keeps the windows of a lost worker until it has a place for its successor: that of
         # another, which has to give it up when there is nothing else to do.
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),

@@ -107,11 +107,16 @@ class Journal(TrainerCallback):
             print(f"step {state.global_step} of {state.max_steps}  {told}", file=sys.stderr, flush=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Draw the curves so far."""
+        """Draw the curves so far; the last save is followed by the end, which draws them."""
+        if not control.should_training_stop:
+            self.on_train_end(args, state, control)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Draw the curves."""
         if state.is_world_process_zero:
             plot(state.log_history, Path(str(args.output_dir), PLOT))
-
-    on_train_end = on_save
 
 
 def plot(history: Sequence[dict[str, Any]], path: Path) -> None:

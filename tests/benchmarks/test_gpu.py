@@ -115,8 +115,9 @@ def test_outcomes_are_kept_of_a_run_that_is_stopped(tmp_path):
     assert "test_wrong: AssertionError: told" in told[0]
 
 
-def test_collection_needs_few_packages():
-    """As on a GPU machine whose image has torch, transformers, pytest and little else."""
+@pytest.fixture(scope="module")
+def collection():
+    """The run that collects, as on a GPU machine whose image has torch, transformers, pytest and little else."""
     program = f"""
 import sys
 
@@ -124,16 +125,18 @@ sys.modules.update(dict.fromkeys({ELSEWHERE!r}))  # each import of one raises
 import pytest
 sys.exit(pytest.main([*{gpu.TESTS!r}, "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]))
 """
-    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
-    assert "test_device_parity.py" in run.stdout
+    return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_the_kit_knows_the_arguments_of_the_parity_tests():
+def test_collection_needs_few_packages(collection):
+    assert collection.returncode == 0, collection.stdout[-2000:] + collection.stderr[-2000:]
+    assert "test_device_parity.py" in collection.stdout
+
+
+def test_the_kit_knows_the_arguments_of_the_parity_tests(collection):
     """As many calls as pytest makes of them."""
-    command = [sys.executable, "-m", "pytest", "tests/gpu/test_device_parity.py", "--collect-only", "-q"]
-    run = subprocess.run([*command, "-p", "no:cacheprovider"], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    collected = Counter(line.rpartition("::")[2].partition("[")[0] for line in run.stdout.splitlines() if "::" in line)
+    tests = [line for line in collection.stdout.splitlines() if line.startswith("tests/gpu/test_device_parity.py::")]
+    collected = Counter(line.rpartition("::")[2].partition("[")[0] for line in tests)
     counts = Counter(name for kind, (name, *_) in gpu_kit.jobs() if kind == "test")
     assert counts
     assert counts == {name: collected[name] for name in counts}

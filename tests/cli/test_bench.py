@@ -193,19 +193,25 @@ class TestCompare:
 
 
 class TestReport:
-    @pytest.fixture
-    def written(self, tmp_path):
-        """A report of made-up results, with a README that has a table of them."""
-        folder = tmp_path / "results"
-        folder.mkdir()
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def original(tmp_path_factory):
+        folder = tmp_path_factory.mktemp("report")
+        results = folder / "results"
+        results.mkdir()
         made = data(
             row(), theirs(), row("openvino", 15.0, fastbert_is_faster_by=1.5), row("flash-attn", reason="no GPU")
         )
-        (folder / "some.json").write_text(json.dumps(made), "utf-8")
-        (tmp_path / "README.md").write_text("# x\n<!-- results: some -->\nold\n<!-- end -->\ny\n", "utf-8")
-        result = tiny.run("bench", "report", "--results", folder, "--out", tmp_path)
+        (results / "some.json").write_text(json.dumps(made), "utf-8")
+        (folder / "README.md").write_text("# x\n<!-- results: some -->\nold\n<!-- end -->\ny\n", "utf-8")
+        result = tiny.run("bench", "report", "--results", results, "--out", folder)
         assert result.exit_code == 0, result.output
-        return tmp_path
+        return folder
+
+    @pytest.fixture
+    def written(self, original, tmp_path):
+        """A report of made-up results, with a README that has a table of them."""
+        return shutil.copytree(original, tmp_path / "report")
 
     def check(self, folder):
         return tiny.run("bench", "report", "--results", folder / "results", "--out", folder, "--check")

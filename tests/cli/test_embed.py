@@ -720,18 +720,19 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     """Ten times the rows, in the windows that users get. The rows alone, kept, would be ten times the bound."""
     width, count = 512, 5000
     folder = tiny.checkpoint(tmp_path / "wide", hidden_size=width, num_hidden_layers=1, intermediate_size=32)
-    short = [line[:6] for line in tiny.texts(count)]
+    short = [line.partition(" ")[0] for line in tiny.texts(count)]
     # Freed memory goes back at once and oneDNN keeps no kernels, so that the peak is what the command holds.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "1"}
-    peaks = []
-    for times in (1, 10):
-        texts, out = tiny.write(tmp_path / f"{times}.txt", short * times), tmp_path / f"{times}.npy"
-        options = ["--texts", texts, "--out", out, "--model", folder, "--device", "cpu", "--threads", 1]
-        process = tiny.start("embed", *options, env=environment)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        assert process.returncode == 0, process.communicate()
-        process.communicate()
-        assert np.load(out, mmap_mode="r").shape == (count * times, width)
-        peaks.append(usage.ru_maxrss * 1024)
+    sizes = (1, 10)
+    for times in sizes:
+        tiny.write(tmp_path / f"{times}.txt", short * times)
+    given = ("--model", folder, "--device", "cpu", "--threads", 1)
+    calls = [
+        ("embed", "--texts", tmp_path / f"{times}.txt", "--out", tmp_path / f"{times}.npy", *given) for times in sizes
+    ]
+    ended = tiny.in_turn(*calls, env=environment)
+    for times, done in zip(sizes, ended, strict=True):
+        assert done.returncode == 0, done.stderr
+        assert np.load(tmp_path / f"{times}.npy", mmap_mode="r").shape == (count * times, width)
+    peaks = [done.peak for done in ended]
     assert peaks[1] - peaks[0] < 9 * count * width * 4 / 10, peaks

@@ -18,6 +18,7 @@ from ray.cluster_utils import Cluster
 
 from fastbert.cli import embed as embedding
 from fastbert.cli import embed_ray, parquet
+from fastbert.cli.errors import Refusal
 
 COUNT = 300
 WINDOW = 5
@@ -66,127 +67,6 @@ def rows(folder):
     starts = [0, *np.cumsum([len(part) for part in parts])[:-1].tolist()]
     assert [int(file.stem) for file in files] == starts
     return np.concatenate(parts)
-
-
-@pytest.fixture
-def slow_cluster(tmp_path):
-    """Two machines whose workers keep step for EACH windows and note them; gives (cluster, machines, notes)."""
-
-    def slow(notes=str(tmp_path / "notes"), each=EACH):
-        from collections import Counter
-        from pathlib import Path
-
-        from fastbert.cli import embed
-
-        forward = embed.Embedder._embed
-
-        def noted(self, batch):
-            machine = ray.get_runtime_context().get_node_id()
-            with open(notes, "a") as file:
-                file.write(f"{machine}\n")
-            # However late the other starts, and however slow it is.
-            while len(begun := Counter(Path(notes).read_text().split())) < 2 or min(begun.values()) < min(
-                begun[machine], each
-            ):
-                time.sleep(0.1)
-            time.sleep(0.1)
-            return forward(self, batch)
-
-        embed.Embedder._embed = noted
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    machines = [cluster.add_node(num_cpus=2) for _ in range(2)]
-    cluster.wait_for_nodes()
-    ray.init(cluster.address, log_to_driver=False, runtime_env={"worker_process_setup_hook": slow})
-    yield cluster, machines, tmp_path / "notes"
-    ray.shutdown()
-    cluster.shutdown()
-
-
-@pytest.mark.slow
-def test_a_machine_is_lost_halfway(arguments, slow_cluster, expected, tmp_path):
-    cluster, machines, notes = slow_cluster
-    killed = []
-
-    def kill():
-        while not killed:
-            seen = notes.read_text().split() if notes.exists() else []
-            if all(seen.count(machine.node_id) >= EACH for machine in machines):
-                killed.append(len(list((tmp_path / "out").glob("*.parquet"))))
-                cluster.remove_node(machines[0], allow_graceful=False)
-            time.sleep(0.01)
-
-    killer = threading.Thread(target=kill, daemon=True)
-    killer.start()
-    result = tiny.run(*arguments(address=cluster.address))
-    assert result.exit_code == 0, result.output
-    killer.join(1)
-    # Both were at work, and there was as much left to do.
-    assert 0 < killed[0] < COUNT / WINDOW - 10
-    np.testing.assert_array_equal(rows(tmp_path / "out"), expected)
-
-
-@pytest.mark.slow
-def test_parquet_in_and_going_on(arguments, expected, lines, tmp_path):
-    table = pa.table({"number": range(COUNT), "text": lines})
-    pq.write_table(table, tmp_path / "texts.parquet", row_group_size=2 * WINDOW + 1)
-    out = tmp_path / "out"
-    given = arguments("--address", "local", texts=tmp_path / "texts.parquet")
-    result = tiny.run(*given)
-    assert result.exit_code == 0, result.output
-    assert f"{COUNT} rows of 32 float32 numbers in 28 files, mean pooling, not normalized" in result.stdout
-    np.testing.assert_allclose(rows(out), expected, atol=1e-6, rtol=0)
-    assert not ray.is_initialized()
-
-    whole = rows(out)
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
-    assert "--overwrite replaces it" in tiny.refusal(*given)
-    lost = sorted(before)[2:5]
-    for path in lost[:2]:
-        path.unlink()
-    damaged = bytearray(lost[2].read_bytes())
-    damaged[len(damaged) // 2] ^= 1
-    lost[2].write_bytes(damaged)
-    (out / ".0123.partial").write_bytes(b"of a worker that was killed")
-    result = tiny.run(*given)
-    assert result.exit_code == 0, result.output
-    assert f"going on after {COUNT - 3 * (2 * WINDOW + 1)} of {COUNT} rows" in result.stderr
-    assert f"{lost[2]} is damaged; its rows are made again" in result.stderr
-    np.testing.assert_array_equal(rows(out), whole)
-    assert {path for path, time in before.items() if path.stat().st_mtime_ns != time} == set(lost)
-    assert sorted(path.name for path in out.iterdir()) == sorted([*(path.name for path in before), "fastbert.json"])
-
-
-@pytest.fixture
-def poor_cluster():
-    """A machine in trouble, which Ray tells the driver, and whose worker has too little memory."""
-
-    def poor():
-        from ray._private.utils import publish_error_to_driver
-
-        from fastbert.cli import embed
-        from fastbert.cli.errors import Refusal
-
-        def refuse(self, batch):
-            publish_error_to_driver("machine", "the disk is full", ray._private.worker.global_worker.gcs_client)
-            time.sleep(1)
-            raise Refusal("--tokens-per-batch is 4096, too much for this GPU's memory")
-
-        embed.Embedder._embed = refuse
-
-    ray.init(num_cpus=2, log_to_driver=False, runtime_env={"worker_process_setup_hook": poor})
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.slow
-def test_a_worker_refuses(arguments, poor_cluster, tmp_path):
-    result = tiny.run(*arguments())
-    assert result.exit_code == 2, result.output
-    assert result.stdout == "", result.stdout
-    assert "the disk is full" in result.stderr
-    assert result.stderr.splitlines()[-1].startswith("fastbert: --tokens-per-batch is 4096, too much")
-    assert list((tmp_path / "out").glob("*.parquet")) == []
 
 
 def no_column(folder):
@@ -251,7 +131,6 @@ def run_of(folder, noted):
         (a_damaged_run, "other has a damaged fastbert.json; --restart begins again"),
         (lambda folder: {"max-length": 4096}, "--max-length"),
         (lambda folder: {"texts": "-"}, "--texts - is this process's standard input; --engine ray needs a file"),
-        (lambda folder: {"device": "cuda"}, "--device is cuda"),
         (lambda folder: {"engine": "local", "address": "auto"}, "--address is auto, and --engine is local"),
     ],
 )
@@ -270,44 +149,6 @@ def without_workers(monkeypatch):
     """The driver alone; gives what sets what happens in place of the workers."""
     monkeypatch.setattr(embed_ray, "_cluster", lambda address: contextlib.nullcontext())
     return lambda embedded: monkeypatch.setattr(embed_ray, "_embedded", embedded)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("address", [(), ("--address", "local")])
-def test_a_cluster_of_its_own_listens_to_this_machine_alone(arguments, monkeypatch, address):
-    """Case 65."""
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    # A cluster that others have started here is none of this test's.
-    monkeypatch.setattr(ray._private.services, "find_bootstrap_address", lambda folder: None)
-    found = []
-
-    def look(options, about, windows):
-        # With a worker too.
-        assert ray.get(ray.remote(lambda: 1).remote()) == 1
-        mine = psutil.Process()
-        for process in (mine, *mine.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                listening = [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
-                found.extend((process.name(), c.laddr.ip.removeprefix("::ffff:")) for c in listening)
-        raise KeyboardInterrupt
-        yield
-
-    monkeypatch.setattr(embed_ray, "_embedded", look)
-    result = tiny.run(*arguments(*address))
-    assert result.exit_code == 130, result.output
-    assert {"raylet", "gcs_server"} <= {name for name, _ in found}
-    assert [(name, ip) for name, ip in found if not ipaddress.ip_address(ip).is_loopback] == []
-    assert not ray.is_initialized()
-
-
-@pytest.mark.slow
-def test_a_cluster_that_listens_to_all_is_not_used(arguments, monkeypatch):
-    """As another version of Ray might start one."""
-    monkeypatch.setattr(embed_ray, "_for_this_machine", contextlib.nullcontext)
-    told = tiny.run(*arguments("--address", "local"))
-    assert told.exit_code == 2
-    assert "which others can reach" in told.stderr.splitlines()[-1]
-    assert not ray.is_initialized()
 
 
 def test_a_folder_that_is_not_shared(arguments, without_workers):
@@ -355,6 +196,13 @@ def test_a_finished_run_is_noted(arguments, without_workers, tmp_path):
     for options in ([], ["--restart"], ["--restart", "--pooling", "cls"]):
         assert "is finished; --overwrite replaces it" in tiny.refusal(*arguments(*options))
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+    # A file that was lost since is made again, and no other.
+    (lost := min(path for path in files if path.suffix == ".parquet")).unlink()
+    result = tiny.run(*arguments())
+    assert result.exit_code == 0, result.output
+    assert f"going on after {COUNT - WINDOW} of {COUNT} rows" in result.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == files
+    assert lost.exists()
 
 
 def test_stopped_by_the_user(arguments, without_workers):
@@ -373,3 +221,166 @@ def test_without_ray(arguments, monkeypatch):
     monkeypatch.delitem(sys.modules, "fastbert.cli.embed_ray", raising=False)
     monkeypatch.delattr("fastbert.cli.embed_ray", raising=False)
     assert "pip install '.[ray]'" in tiny.refusal(*arguments())
+
+
+def listening():
+    """The processes of this one's tree that take connections, and on which addresses."""
+    found = set()
+    mine = psutil.Process()
+    for process in (mine, *mine.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            open_ = [c for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+            found.update((process.name(), c.laddr.ip.removeprefix("::ffff:")) for c in open_)
+    return found
+
+
+@pytest.mark.slow
+def test_a_cluster_of_its_own(arguments, expected, lines, tmp_path, monkeypatch):
+    """Case 65: it listens to this machine alone. Parquet goes in, and a run that was stopped goes on."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    # A cluster that others have started here is none of this test's.
+    monkeypatch.setattr(ray._private.services, "find_bootstrap_address", lambda folder: None)
+    table = pa.table({"number": range(COUNT), "text": lines})
+    pq.write_table(table, tmp_path / "texts.parquet", row_group_size=2 * WINDOW + 1)
+    out = tmp_path / "out"
+    embedded = embed_ray._embedded
+    seen = []
+
+    def watched(*given):
+        # With a worker too.
+        assert ray.get(ray.remote(lambda: 1).remote()) == 1
+        seen.append(listening())
+        yield from embedded(*given)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(embed_ray, "_embedded", watched)
+    given = arguments(texts=tmp_path / "texts.parquet")
+    result = tiny.run(*given)
+    assert result.exit_code == 130, result.output
+    assert f"stopped: {COUNT} of {COUNT} rows are kept" in result.stderr
+    assert not ray.is_initialized()
+    whole = rows(out)
+    np.testing.assert_allclose(whole, expected, atol=1e-6, rtol=0)
+
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    lost = sorted(before)[2:5]
+    for path in lost[:2]:
+        path.unlink()
+    damaged = bytearray(lost[2].read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    lost[2].write_bytes(damaged)
+    (out / ".0123.partial").write_bytes(b"of a worker that was killed")
+    result = tiny.run(*given, "--address", "local")
+    assert result.exit_code == 0, result.output
+    assert f"going on after {COUNT - 3 * (2 * WINDOW + 1)} of {COUNT} rows" in result.stderr
+    assert f"{lost[2]} is damaged; its rows are made again" in result.stderr
+    assert f"{COUNT} rows of 32 float32 numbers in 28 files, mean pooling, not normalized" in result.stdout
+    assert not ray.is_initialized()
+    np.testing.assert_array_equal(rows(out), whole)
+    assert {path for path, time in before.items() if path.stat().st_mtime_ns != time} == set(lost)
+    assert sorted(path.name for path in out.iterdir()) == sorted([*(path.name for path in before), "fastbert.json"])
+    assert "--overwrite replaces it" in tiny.refusal(*given)
+
+    assert len(seen) == 2
+    for found in seen:
+        assert {"raylet", "gcs_server"} <= {name for name, _ in found}
+        assert [(name, ip) for name, ip in found if not ipaddress.ip_address(ip).is_loopback] == []
+
+
+@pytest.mark.slow
+def test_a_cluster_that_listens_to_all_is_not_used(arguments, monkeypatch):
+    """As another version of Ray might start one."""
+    monkeypatch.setattr(embed_ray, "_for_this_machine", contextlib.nullcontext)
+    told = tiny.run(*arguments("--address", "local"))
+    assert told.exit_code == 2
+    assert "which others can reach" in told.stderr.splitlines()[-1]
+    assert not ray.is_initialized()
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A head without CPUs, and one machine."""
+    # Ray asks each machine whether it lives, and takes five failures for a death; it would ask every three seconds.
+    settings = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": settings})
+    cluster.add_node(num_cpus=2)
+    yield cluster
+    cluster.shutdown()
+
+
+def halting(notes, victim, lost):
+    """A worker that notes its windows, and stays in the EACH-th: on the machine ``victim`` until its end.
+
+    Elsewhere it goes on when there is the file ``lost``.
+    """
+
+    class Halting(embed_ray.Worker):
+        def _blocks(self, window, width, each=EACH):
+            machine = ray.get_runtime_context().get_node_id()
+            with notes.open("a") as file:
+                file.write(f"{machine}\n")
+            while notes.read_text().split().count(machine) >= each and (machine == victim or not lost.exists()):
+                time.sleep(0.02)
+            yield from super()._blocks(window, width)
+
+    return Halting
+
+
+@pytest.mark.slow
+def test_a_machine_is_lost_halfway(arguments, cluster, expected, tmp_path, monkeypatch):
+    machines = {*cluster.worker_nodes, victim := cluster.add_node(num_cpus=2)}
+    notes, lost = tmp_path / "notes", tmp_path / "lost"
+    monkeypatch.setattr(embed_ray, "Worker", halting(notes, victim.node_id, lost))
+    killed = []
+
+    def kill():
+        while not killed:
+            seen = notes.read_text().split() if notes.exists() else []
+            if all(seen.count(machine.node_id) >= EACH for machine in machines):
+                killed.append(len(list((tmp_path / "out").glob("*.parquet"))))
+                cluster.remove_node(victim, allow_graceful=False)
+                lost.touch()
+            time.sleep(0.01)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    result = tiny.run(*arguments(address=cluster.address))
+    assert result.exit_code == 0, result.output
+    killer.join(1)
+    # Both were at work, and there was as much left to do.
+    assert 0 < killed[0] < COUNT / WINDOW - 10
+    np.testing.assert_array_equal(rows(tmp_path / "out"), expected)
+
+
+def poor():
+    """A worker with too little memory, on a machine in trouble, of which Ray tells the driver."""
+
+    class Poor(embed_ray.Worker):
+        def _blocks(self, window, width):
+            from ray._private.utils import publish_error_to_driver
+
+            publish_error_to_driver("machine", "the disk is full", ray._private.worker.global_worker.gcs_client)
+            time.sleep(1)
+            raise Refusal("--tokens-per-batch is 4096, too much for this GPU's memory")
+
+    return Poor
+
+
+@pytest.mark.slow
+def test_a_worker_refuses(arguments, cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(embed_ray, "Worker", poor())
+    result = tiny.run(*arguments(address=cluster.address))
+    assert result.exit_code == 2, result.output
+    assert result.stdout == "", result.stdout
+    assert "the disk is full" in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("fastbert: --tokens-per-batch is 4096, too much")
+    assert list((tmp_path / "out").glob("*.parquet")) == []
+
+
+@pytest.mark.slow
+def test_no_machine_has_a_gpu(arguments, cluster):
+    assert "--device is cuda, and no machine of the cluster has a GPU" in tiny.refusal(
+        *arguments(address=cluster.address, device="cuda")
+    )
+    assert not ray.is_initialized()

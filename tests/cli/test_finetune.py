@@ -37,10 +37,10 @@ def data(tmp_path_factory):
 
 RUNS = {
     "classification": ("classification", "classified-{}.csv", ()),
-    "pairs": ("pairs", "pairs-{}.csv", ("--epochs", 4)),
-    "ner": ("ner", "{}.conll", ("--epochs", 6)),
-    "qa": ("qa", "{}.json", ("--epochs", 8, "--max-length", 48)),
-    "qa-missing": ("qa", "missing-{}.json", ("--epochs", 10, "--max-length", 48)),
+    "pairs": ("pairs", "pairs-{}.csv", ("--epochs", 3)),
+    "ner": ("ner", "{}.conll", ("--epochs", 4)),
+    "qa": ("qa", "{}.json", ("--epochs", 4, "--max-length", 48)),
+    "qa-missing": ("qa", "missing-{}.json", ("--epochs", 5, "--max-length", 48)),
 }
 
 
@@ -149,12 +149,12 @@ def test_chinese(tmp_path):
             yield from (f"{word} {tag}" for word, tag in zip(f"{before}\u5728{place}{after}", tags, strict=True))
             yield ""
 
-    for name, count in (("train", 300), ("eval", 40)):
+    for name, count in (("train", 1500), ("eval", 40)):
         tiny.write(tmp_path / f"{name}.conll", list(lines(count)))
     tokenizer = vocabulary.learn([places + others + "\u5728"], 101, 48)
     bert = tiny.checkpoint(tmp_path / "bert", initializer_range=0.05, vocab_size=len(tokenizer))
     tokenizer.save_pretrained(bert)
-    given = ("--eval", tmp_path / "eval.conll", "--epochs", 10)
+    given = ("--eval", tmp_path / "eval.conll", "--epochs", 3)
     result = finetune(bert, tmp_path / "out", "ner", tmp_path / "train.conll", *given)
     assert result.exit_code == 0, result.output
     assert tiny.scores(tmp_path / "out")["eval_f1"] >= 0.95
@@ -285,10 +285,11 @@ def test_early_stopping_keeps_the_best(bert, data, tmp_path):
 @pytest.mark.slow
 def test_another_number_of_labels(tuned, data, tmp_path):
     """A checkpoint of another task lends its encoder."""
-    result = finetune(tuned("ner"), tmp_path / "out", "classification", data / "classified-train.csv")
+    epoch = ("--epochs", 1)
+    result = finetune(tuned("ner"), tmp_path / "out", "classification", data / "classified-train.csv", *epoch)
     assert result.exit_code == 0, result.output
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").config.num_labels == 2
-    result = finetune(tuned("classification"), tmp_path / "qa", "qa", data / "train.json", "--max-length", 48)
+    result = finetune(tuned("classification"), tmp_path / "qa", "qa", data / "eval.json", "--max-length", 48, *epoch)
     assert result.exit_code == 0, result.output
     assert AutoModelForQuestionAnswering.from_pretrained(tmp_path / "qa").config.num_labels == 2
 
@@ -483,36 +484,49 @@ def test_predict_replaces_no_pipe_or_device(heads, tmp_path):
     assert out.is_fifo()
 
 
-@pytest.mark.parametrize(
-    ("kind", "text", "labels"),
-    [
-        ("BertForSequenceClassification", "the sum\nof the row\n", 3),
-        ("BertForTokenClassification", "the sum\nof the row\n", 5),
-        ("BertForQuestionAnswering", "question,context\nthe,of the row\nsum,the sum\n", 2),
-    ],
-)
-def test_predict_needs_no_training_extra(tmp_path, kind, text, labels):
-    model = tiny.checkpoint(tmp_path / "head", kind, num_labels=labels)
-    texts, out = tmp_path / "texts.csv" if "," in text else tmp_path / "texts.txt", tmp_path / "out.json"
-    texts.write_text(text)
-    process = tiny.start("predict", "--model", model, "--texts", texts, "--json", out, prelude=HIDDEN)
-    _, stderr = process.communicate()
-    assert process.returncode == 0, stderr
+CALLS = {
+    "BertForSequenceClassification": ("the sum\nof the row\n", 3),
+    "BertForTokenClassification": ("the sum\nof the row\n", 5),
+    "BertForQuestionAnswering": ("question,context\nthe,of the row\nsum,the sum\n", 2),
+}
+
+
+@pytest.fixture(scope="module")
+def without_training_extra(tmp_path_factory):
+    """For each head and for a saved dataset, a call of ``predict`` where the extra's packages are hidden."""
+    folder = tmp_path_factory.mktemp("hidden")
+    calls = {}
+    for kind, (text, labels) in CALLS.items():
+        model = tiny.checkpoint(folder / kind, kind, num_labels=labels)
+        texts = folder / f"{kind}{'.csv' if ',' in text else '.txt'}"
+        texts.write_text(text)
+        calls[kind] = ("predict", "--model", model, "--texts", texts, "--json", folder / f"{kind}.json")
+    datasets.Dataset.from_dict({"text": ["the sum"]}).save_to_disk(folder / "saved")
+    model = folder / "BertForSequenceClassification"
+    calls["saved"] = ("predict", "--model", model, "--texts", folder / "saved", "--json", folder / "saved.json")
+    return dict(
+        zip(calls, zip(calls.values(), tiny.in_turn(*calls.values(), prelude=HIDDEN), strict=True), strict=True)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CALLS)
+def test_predict_needs_no_training_extra(without_training_extra, kind):
+    call, done = without_training_extra[kind]
+    assert done.returncode == 0, done.stderr
+    out = call[-1]
     found = json.loads(out.read_text())
-    tiny.run("predict", "--model", model, "--texts", texts, "--json", out)
+    tiny.run(*call)
     assert found == json.loads(out.read_text())
     assert len(found) == 2
 
 
-def test_predict_of_a_saved_dataset_without_datasets(tmp_path):
-    model = tiny.checkpoint(tmp_path / "head", "BertForSequenceClassification")
-    datasets.Dataset.from_dict({"text": ["the sum"]}).save_to_disk(tmp_path / "saved")
-    given = ("--model", model, "--texts", tmp_path / "saved", "--json", tmp_path / "out.json")
-    process = tiny.start("predict", *given, prelude=HIDDEN)
-    _, stderr = process.communicate()
-    assert process.returncode == 2, stderr
-    assert "a saved dataset needs datasets, which isn't installed: `pip install '.[train]'`" in stderr
-    assert len(stderr.splitlines()) == 1
+@pytest.mark.slow
+def test_predict_of_a_saved_dataset_without_datasets(without_training_extra):
+    _, done = without_training_extra["saved"]
+    assert done.returncode == 2, done.stderr
+    assert "a saved dataset needs datasets, which isn't installed: `pip install '.[train]'`" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_a_checkpoint_of_another_architecture(tmp_path):

@@ -6,8 +6,10 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -103,6 +105,49 @@ def start(*arguments: object, prelude: str = "", **settings: Any) -> subprocess.
     code = f"{interruptible}\n{prelude}\nfrom fastbert.cli import app\napp()"
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **settings)
+
+
+_IN_TURN = """
+import json, os, sys
+from fastbert.cli import app
+
+ends = []
+for number, arguments in enumerate(json.loads(sys.argv[1])):
+    if not (child := os.fork()):
+        for stream, name in ((1, "out"), (2, "err")):
+            os.dup2(os.open(os.path.join(sys.argv[2], f"{number}.{name}"), os.O_WRONLY | os.O_CREAT), stream)
+        sys.argv[1:] = arguments
+        try:
+            app()
+        except SystemExit as ended:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(ended.code or 0)
+    _, status, usage = os.wait4(child, 0)
+    ends.append((os.waitstatus_to_exitcode(status), 1024 * usage.ru_maxrss))
+print(json.dumps(ends))
+"""
+
+
+class Done(NamedTuple):
+    """How a call of the command ended: what it printed, and the bytes of memory that it held at most."""
+
+    returncode: int
+    peak: int
+    stdout: str
+    stderr: str
+
+
+def in_turn(*calls: Sequence[object], prelude: str = "", **settings: Any) -> list[Done]:
+    """Calls of the command, each in a fork of one process that runs ``prelude`` before it imports the package."""
+    arguments = [[str(argument) for argument in call] for call in calls]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-c", prelude + _IN_TURN, json.dumps(arguments), folder]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=300, **settings)
+        printed = [
+            [Path(folder, f"{number}.{name}").read_text() for name in ("out", "err")] for number in range(len(calls))
+        ]
+    return [Done(*end, *texts) for end, texts in zip(json.loads(done.stdout), printed, strict=True)]
 
 
 def scores(folder: Path) -> dict[str, float]:

@@ -50,6 +50,9 @@ import tests.test_modeling_common as common  # noqa: E402
 from tests.test_configuration_common import ConfigTester  # noqa: E402
 from tests.test_training_mixin import TrainingTesterMixin  # noqa: E402
 
+# Common tests write each tensor into the message of an assertion, whether it fails or not: a few numbers are enough.
+torch.set_printoptions(threshold=4, edgeitems=1)
+
 FAST = os.environ["FASTBERT_SUITE"] == "fastbert"
 if FAST:
     fastbert.patch()

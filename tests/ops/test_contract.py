@@ -276,7 +276,8 @@ def test_repeats_are_bitwise_equal_case_31(maker):
     for impl in problem.implementations():
         function = functools.partial(problem.actual, impl=impl)
         first_output, first = parity.results(function, problem.tensors, problem.dy)
-        for _ in range(20):
+        # The interpreter runs one program after the other, the same way each time.
+        for _ in range(2 if select._INTERPRETING else 20):
             output, gradients = parity.results(function, problem.tensors, problem.dy)
             assert torch.equal(output, first_output)
             assert all(torch.equal(gradients[name], first[name]) for name in first)

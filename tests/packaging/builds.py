@@ -49,10 +49,21 @@ def build_sdist(directory: Path) -> Path:
 
 
 def build_wheel(
-    source: Path, directory: Path, *, isolated: bool = False, env: dict[str, str] | None = None, **defines: str
+    source: Path,
+    directory: Path,
+    *,
+    isolated: bool = False,
+    objects: Path | None = None,
+    env: dict[str, str] | None = None,
+    **defines: str,
 ) -> Path:
-    """Build a wheel of ``source`` (a tree or an sdist) in ``directory``, with CMake's ``defines``."""
+    """Build a wheel of ``source`` (a tree or an sdist) in ``directory``, with CMake's ``defines``.
+
+    Builds of the same tree with the same ``objects`` compile what differs between them.
+    """
     options = ["--build-constraint", str(LOCK)] if isolated else ["--no-build-isolation"]
+    if objects:
+        options += ["-C", f"build-dir={objects}"]
     for name, value in defines.items():
         options += ["-C", f"cmake.define.{name}={value}"]
     pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--verbose", "--wheel-dir", str(directory)]
@@ -81,13 +92,8 @@ class Environment:
         """The folder of the installed package."""
         return self.site_packages / "fastbert"
 
-    @property
-    def extension(self) -> Path:
-        """The file of the installed extension."""
-        (path,) = self.package.glob("_C.*")
-        return path
-
-    def run(self, script: str) -> Any:
+    def run(self, script: str, *arguments: str | Path) -> Any:
         """What ``script`` prints, read as JSON; it runs outside the source tree."""
-        output = _run(self._python, "-I", "-c", script, cwd=self.directory, env={"CUDA_VISIBLE_DEVICES": ""})
+        command = [self._python, "-I", "-c", script, *arguments]
+        output = _run(*command, cwd=self.directory, env={"CUDA_VISIBLE_DEVICES": ""})
         return json.loads(output.splitlines()[-1])

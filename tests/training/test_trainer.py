@@ -3,10 +3,12 @@
 import json
 import random
 import re
-import shutil
+import socket
 import subprocess
 import sys
 import warnings
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -109,28 +111,85 @@ def test_accumulation_makes_the_same_steps(tokenizer, tmp_path, objective):
         torch.testing.assert_close(other_weights, weights, rtol=0, atol=2e-4)
 
 
-# accelerate shards on accelerators only, and these processes have none: it is told otherwise.
-SHARDING_ON_CPUS = """
+# Each process of a launch runs this: it imports everything once, and forks for each call that it takes part in.
+# accelerate shards on accelerators only, and these processes have none: a call with --fsdp is told otherwise.
+CALLS_IN_TURN = """
+import atexit, json, os, runpy, shutil, sys
 from accelerate import DistributedType, PartialState
-from fastbert.cli import app
+from fastbert.cli import finetune, pretrain
 
 initialize = PartialState.__init__
 
-def patched(self, *args, **kwargs):
+def shards_on_cpus(self, *args, **kwargs):
     initialize(self, *args, **kwargs)
     if self.distributed_type == DistributedType.MULTI_CPU:
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
-PartialState.__init__ = patched
-app()
+def run(call, rank):
+    arguments = [str(argument) for argument in call["arguments"]]
+    places = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "ROLE_RANK": rank}
+    sizes = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE"), len(call["ranks"]))
+    # The launcher's store is for one process group; another has a store of its own.
+    store = {"TORCHELASTIC_USE_AGENT_STORE": False, "MASTER_PORT": call["port"]} if call["port"] else {}
+    os.environ.update({name: str(value) for name, value in {**places, **sizes, **store}.items()})
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(call["output"] + "." + name, os.O_WRONLY | os.O_APPEND | os.O_CREAT), stream)
+    if "--fsdp" in arguments:
+        PartialState.__init__ = shards_on_cpus
+    sys.argv[:] = ["fastbert", *arguments, "--output", call["output"]]
+    try:
+        runpy.run_module("fastbert", run_name="__main__")
+    except SystemExit as ended:
+        # Taking the interpreter's modules apart takes seconds in a fork.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(ended.code or 0)
+
+rank = int(os.environ["RANK"])
+for call in json.loads(sys.argv[1]):
+    if rank in call["ranks"]:
+        if call["stopped"] and rank == call["ranks"][0]:
+            shutil.copytree(call["stopped"], call["output"], ignore=shutil.ignore_patterns("checkpoint-12"))
+            os.remove(os.path.join(call["output"], "model.safetensors"))
+        if not (child := os.fork()):
+            run(call, call["ranks"].index(rank))
+            sys.exit("the command returned")
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]):
+            sys.exit("the call for " + call["output"] + " failed")
 """
 
 
-def launch(processes, *arguments, program=("-m", "fastbert")):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, *program]
-    done = subprocess.run([str(x) for x in (*command, *arguments)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+class Call(NamedTuple):
+    """A call of the command by the processes ``ranks`` of a launch."""
+
+    ranks: list[int]
+    arguments: tuple[object, ...]
+    output: Path
+    # The output of a run, which is copied as if it had been stopped after its first checkpoint.
+    stopped: Path | None = None
+    # Where its processes find each other; None, for one call only, is the launcher's.
+    port: int | None = None
+
+    def printed(self, stream):
+        return Path(f"{self.output}.{stream}").read_text()
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def launch(calls):
+    """Two processes make the calls in turn; as many of them as a call has form its process group."""
+    program = calls[0].output.parent / "calls.py"
+    program.write_text(CALLS_IN_TURN)
+    described = json.dumps([call._asdict() for call in calls], default=str)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(program), described]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    told = [path.read_text()[-2000:] for path in sorted(program.parent.glob("*.stderr"))]
+    assert done.returncode == 0, "\n".join([*told, done.stderr[-3000:]])
 
 
 def losses_of(output):
@@ -144,7 +203,7 @@ def weights_of(output):
 
 @pytest.fixture(scope="module")
 def launched(tmp_path_factory):
-    """Runs of one process and of two, each with half of the batch: (output folder, what was printed)."""
+    """Calls of one process and of two, each with half of the batch."""
     folder = tmp_path_factory.mktemp("launched")
     config = folder / "config.json"
     off = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -159,34 +218,26 @@ def launched(tmp_path_factory):
     common = ("--logging-steps", 1, "--threads", 1, "--learning-rate", 1e-3)
     pretrain = ("pretrain", "--corpus", corpus, "--config", config, "--steps", 12, "--max-length", 48, *common)
     ner = ("finetune", "--task", "ner", "--model", bert, "--train", folder / "train.conll", "--epochs", 2, *common)
-    found = {}
-    for processes in (1, 2):
-        tokens = ("--tokens-per-batch", 1024 // processes, "--save-steps", 6)
-        for name, arguments in (("pretrain", (*pretrain, *tokens)), ("ner", (*ner, "--batch-size", 16 // processes))):
-            output = folder / f"{name}-{processes}"
-            found[name, processes] = output, launch(processes, *arguments, "--output", output)
-    sharded = folder / "sharded"
-    (folder / "sharding.py").write_text(SHARDING_ON_CPUS)
-    both = (*pretrain, "--tokens-per-batch", 512, "--save-steps", 6)
-    sharding = (*both, "--output", sharded, "--fsdp")
-    program = (folder / "sharding.py",)
-    found["sharded", 2] = sharded, launch(2, *sharding, program=program)
+    one, two = ((*pretrain, "--save-steps", 6, "--tokens-per-batch", tokens) for tokens in (1024, 512))
+    calls = {
+        ("pretrain", 1): Call([0], one, folder / "pretrain-1", port=free_port()),
+        ("ner", 1): Call([1], (*ner, "--batch-size", 16), folder / "ner-1", port=free_port()),
+        ("ner", 2): Call([0, 1], (*ner, "--batch-size", 8), folder / "ner-2"),
+        ("pretrain", 2): Call([0, 1], two, folder / "pretrain-2", port=free_port()),
+        ("sharded", 2): Call([0, 1], (*two, "--fsdp"), folder / "sharded", port=free_port()),
+    }
     # Two processes go on where two were stopped.
-    for output, call in (
-        (folder / "pretrain-2", lambda output: launch(2, *both, "--output", output, "--resume")),
-        (sharded, lambda output: launch(2, *sharding, "--resume", program=program)),
-    ):
-        found["before", output] = losses_of(output), weights_of(output)
-        shutil.rmtree(output / "checkpoint-12")
-        (output / "model.safetensors").unlink()
-        call(output)
-    return found
+    for name, more in (("pretrain", ()), ("sharded", ("--fsdp",))):
+        output = folder / f"resumed-{name}"
+        calls["resumed", name] = Call([0, 1], (*two, *more, "--resume"), output, calls[name, 2].output, free_port())
+    launch(list(calls.values()))
+    return calls
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "other"), [("pretrain", "pretrain"), ("pretrain", "sharded"), ("ner", "ner")])
 def test_two_processes_train_as_one(launched, name, other):
-    alone, together = launched[name, 1][0], launched[other, 2][0]
+    alone, together = launched[name, 1].output, launched[other, 2].output
     expected = losses_of(alone)
     assert len(expected) > 10
     torch.testing.assert_close(losses_of(together), expected, rtol=1e-5, atol=0)
@@ -199,16 +250,16 @@ def test_two_processes_train_as_one(launched, name, other):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pretrain", "sharded", "ner"])
 def test_one_process_tells_and_writes(launched, name):
-    output, done = launched[name, 2]
-    assert len(re.findall(r"^step 1 of ", done.stderr, re.MULTILINE)) == 1
-    assert len(done.stdout.splitlines()) == 1
-    assert not list(output.glob("*.bin"))
+    call = launched[name, 2]
+    assert len(re.findall(r"^step 1 of ", call.printed("stderr"), re.MULTILINE)) == 1
+    assert len(call.printed("stdout").splitlines()) == 1
+    assert not list(call.output.glob("*.bin"))
 
 
 @pytest.mark.slow
 def test_each_process_saves_its_shards(launched):
     for saved in ("pytorch_model_fsdp_0", "optimizer_0"):
-        shards = sorted((launched["sharded", 2][0] / "checkpoint-6" / saved).glob("*.distcp"))
+        shards = sorted((launched["sharded", 2].output / "checkpoint-6" / saved).glob("*.distcp"))
         assert [path.name for path in shards] == ["__0_0.distcp", "__1_0.distcp"]
         sizes = [path.stat().st_size for path in shards]
         assert min(sizes) > 0.8 * max(sizes)
@@ -217,10 +268,12 @@ def test_each_process_saves_its_shards(launched):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pretrain", "sharded"])
 def test_two_processes_resume(launched, name):
-    output = launched[name, 2][0]
-    losses, weights = launched["before", output]
-    torch.testing.assert_close(losses_of(output), losses, rtol=0, atol=0)
-    for path, value in weights_of(output).items():
+    whole, resumed = launched[name, 2].output, launched["resumed", name]
+    steps = re.findall(r"^step (\d+) of 12  loss", resumed.printed("stderr"), re.MULTILINE)
+    assert steps == [str(step) for step in range(7, 13)]
+    torch.testing.assert_close(losses_of(resumed.output), losses_of(whole), rtol=0, atol=0)
+    weights = weights_of(whole)
+    for path, value in weights_of(resumed.output).items():
         torch.testing.assert_close(value, weights[path], rtol=0, atol=0, msg=path)
 
 

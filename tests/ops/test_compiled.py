@@ -37,8 +37,6 @@ MEMORY_BOUND = {
     ("attention", "backward_short_kernel"): (4, 3),
 }
 PRODUCTS = ("attention", "linear_gelu")
-
-
 pytestmark = pytest.mark.slow
 
 

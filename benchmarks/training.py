@@ -1,7 +1,7 @@
 """What the training commands learn from the docstrings of the standard library, run as a user runs them.
 
 ``python -m benchmarks.training`` writes ``results/training.json``, of which docs/training.md shows a table; a test
-runs the same, shorter, and holds the scores against frequencies, and TF-IDF with logistic regression.
+runs two of them, smaller, and holds the scores against frequencies, and TF-IDF with logistic regression.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Case 35: a Linear that is quantised, pruned, parametrised, hooked or replaced is called, and not bypassed."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -138,6 +139,139 @@ def test_gradients_reach_pruned_and_parametrised_weights():
         model(**inputs).loss.backward()
     twins.assert_packed(fast)
     twins.assert_gradients_match(fast, reference, oracle)
+
+
+PARTS = (
+    "embeddings",
+    "encoder",
+    "encoder.layer.1",
+    "encoder.layer.1.attention",
+    "encoder.layer.1.attention.self",
+    "encoder.layer.1.attention.output",
+    "encoder.layer.1.intermediate",
+    "encoder.layer.1.output",
+    "encoder.layer.1.output.LayerNorm",
+    "embeddings.LayerNorm",
+)
+
+
+class Foreign(nn.Module):
+    """A part of somebody else's in the place of Hugging Face's."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, *args, **kwargs):
+        return scaled(self.part, *args, **kwargs)
+
+
+def scaled(forward, *args, **kwargs):
+    output = forward(*args, **kwargs)
+    if isinstance(output, torch.Tensor):
+        return 1.1 * output
+    if isinstance(output, tuple):
+        return (1.1 * output[0], *output[1:])
+    output.last_hidden_state = 1.1 * output.last_hidden_state
+    return output
+
+
+@pytest.mark.parametrize("path", [path for path in PARTS if not path.endswith("LayerNorm")])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_replaced_part_is_called_on_padded_states(path, gradients):
+    reference, fast = twins.twins()
+    inputs = twins.batch(kind="right")
+    where = twins.valid(inputs)
+    parent, _, name = path.rpartition(".")
+    part = reference.get_submodule(path)
+    for model in (reference, fast):
+        setattr(model.get_submodule(parent), name, Foreign(copy.deepcopy(part)))
+    with torch.set_grad_enabled(gradients):
+        expected, actual = reference(**inputs).last_hidden_state, fast(**inputs).last_hidden_state
+    assert fast.route.startswith(f"{path} is a {Foreign.__module__}.Foreign, which knows padded states only")
+    torch.testing.assert_close(actual[where], expected[where], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", PARTS)
+@pytest.mark.parametrize("mode", ["inference", "gradients", "training"])
+def test_a_forward_that_has_been_replaced_is_called(path, mode):
+    reference, fast = twins.twins()
+    inputs = twins.batch(kind="right")
+    where = twins.valid(inputs)
+    for model in (reference, fast):
+        model.train(mode == "training")
+        part = model.get_submodule(path)
+        part.forward = functools.partial(scaled, part.forward)
+    with torch.set_grad_enabled(mode != "inference"):
+        expected, actual = reference(**inputs).last_hidden_state, fast(**inputs).last_hidden_state
+    torch.testing.assert_close(actual[where], expected[where], atol=1e-5, rtol=1e-5)
+
+
+class Doubling(nn.Parameter):
+    """A weight that multiplies twice, as those of quantising and sharding libraries change what a product does."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        with torch._C.DisableTorchFunctionSubclass():
+            found = function(*args, **(kwargs or {}))
+        return 2.0 * found if function is torch.nn.functional.linear else found
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_parameter_of_another_type(path):
+    reference, fast = twins.twins()
+    inputs = twins.batch(kind="right")
+    where = twins.valid(inputs)
+    for model in (reference, fast):
+        linear = model.get_submodule(path)
+        linear.weight = Doubling(linear.weight.detach())
+    with torch.no_grad():
+        expected, actual = reference(**inputs).last_hidden_state, fast(**inputs).last_hidden_state
+    torch.testing.assert_close(actual[where], expected[where], atol=1e-5, rtol=1e-5)
+    assert any("its weight is a Doubling" in row.reason for row in fastbert.explain(fast))
+
+
+class Halving(nn.Module):
+    def forward(self, x):
+        return 0.5 * x
+
+
+@pytest.mark.parametrize("given", ["input_ids", "inputs_embeds"])
+def test_a_dropout_of_another_kind(given):
+    reference, fast = twins.twins()
+    inputs = twins.batch(kind="right")
+    where = twins.valid(inputs)
+    if given == "inputs_embeds":
+        inputs["inputs_embeds"] = reference.embeddings.word_embeddings(inputs.pop("input_ids")).detach()
+    for model in (reference, fast):
+        model.train()
+        model.embeddings.dropout = Halving()
+        model.embeddings.dropout.p = 0.5
+        model.encoder.layer[1].output.dropout = Halving()
+    expected, actual = reference(**inputs).last_hidden_state, fast(**inputs).last_hidden_state
+    twins.assert_packed(fast)
+    torch.testing.assert_close(actual[where], expected[where], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("option", [{"max_norm": 0.5}, {"scale_grad_by_freq": True}, {"sparse": True}], ids=str)
+def test_an_embedding_that_does_more_than_look_up(option):
+    reference, fast = twins.twins()
+    inputs = twins.batch(kind="right")
+    where = twins.valid(inputs)
+    (name,) = option
+    gradients = []
+    for model in (reference, fast):
+        vars(model.embeddings.word_embeddings).update(option)
+        states = model(**inputs).last_hidden_state[where]
+        states.square().sum().backward()
+        gradients.append(model.embeddings.word_embeddings.weight.grad.to_dense())
+        assert model.embeddings.word_embeddings.weight.grad.is_sparse == (name == "sparse")
+    expected, actual = gradients
+    torch.testing.assert_close(actual, expected, atol=1e-4 * float(expected.abs().max()), rtol=1e-4)
+    twins.assert_packed(fast)
+    (row,) = (row for row in fastbert.explain(fast) if row.part == "embeddings")
+    assert row.implementation == "Hugging Face"
+    assert row.reason == f"it has {name}={option[name]}"
 
 
 @pytest.mark.parametrize("part", ["embeddings", "encoder.layer.0", "encoder.layer.0.output", "embeddings.LayerNorm"])

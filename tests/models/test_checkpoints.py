@@ -109,3 +109,12 @@ def test_pickle_is_refused_unless_asked_for_case_41(load, checkpoint):
     loaded = load(checkpoint, use_safetensors=False).state_dict()
     assert loaded.keys() == expected.keys()
     assert all(torch.equal(loaded[key], value) for key, value in expected.items())
+
+
+def test_other_errors_of_loading_are_left_alone(checkpoint, monkeypatch):
+    def fail(cls, *args, **kwargs):
+        raise OSError("the disk is on fire")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(fail))
+    with pytest.raises(OSError, match=r"^the disk is on fire$"):
+        fastbert.BertModel.from_pretrained(checkpoint)

@@ -17,7 +17,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert.backends import host_linear
-from fastbert.models import bert, layers
+from fastbert.models import bert, interface, layers, upstream
 
 ALL_MODELS = ("BertModel", "BertLMHeadModel", *twins.HEADS)
 # transformers makes its top module anew while it is imported; those who imported it early hold another one.
@@ -406,6 +406,41 @@ def test_attention_interface_of_other_models(build, calls, kind):
     torch.testing.assert_close(actual[where], expected[where], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("is_causal", [None, False, True])
+@pytest.mark.parametrize("mask", ["none", "2-D", "4-D"])
+@pytest.mark.parametrize("other", ["module", "keys", "values", "position_bias"])
+def test_attention_interface_equals_torch_s(other, mask, is_causal):
+    """With keys of another length or values of another width, or in a module that says nothing of itself."""
+    query, key, value = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    if other == "keys":
+        key, value = torch.randn(2, 2, 3, 7, 8)
+    if other == "values":
+        value = torch.randn(2, 3, 5, 4)
+    keys = key.shape[2]
+    attend = torch.arange(keys) < torch.tensor([[keys], [3]])
+    given = {"none": None, "2-D": attend, "4-D": attend[:, None, None, :].expand(2, 1, 5, keys)}[mask]
+    wide = None if given is None else attend[:, None, None, :].expand(2, 1, 5, keys)
+    more = {"position_bias": torch.randn(1, 3, 5, 5)} if other == "position_bias" else {}
+    module = nn.Module()
+    expected, _ = upstream.sdpa_attention_forward(module, query, key, value, wide, is_causal=is_causal, **more)
+    found, _ = interface.attention(module, query, key, value, given, is_causal=is_causal, **more)
+    where = attend if mask == "2-D" and keys == 5 else torch.ones(2, 5, dtype=torch.bool)
+    torch.testing.assert_close(found[where], expected[where], atol=1e-6, rtol=1e-5)
+
+
+def test_nothing_is_registered_where_transformers_has_no_such_interface(monkeypatch):
+    def fail(name, function):
+        raise AssertionError(name)
+
+    for registry in (upstream.AttentionInterface, upstream.AttentionMaskInterface):
+        monkeypatch.setattr(registry, "register", fail)
+    monkeypatch.setattr(upstream, "HAS_INTERFACE", False)
+    interface.register()
+    monkeypatch.setattr(upstream, "HAS_INTERFACE", True)
+    with pytest.raises(AssertionError, match="fastbert"):
+        interface.register()
+
+
 @pytest.mark.parametrize("implementation", ["sdpa", "fastbert"])
 def test_implementations_that_are_packed(implementation):
     fast = twins.twins(attn_implementation=implementation)[1]
@@ -439,6 +474,10 @@ def test_explain_is_data_and_text(capsys):
     for row in rows:
         assert all(isinstance(field, str) for field in (row.path, row.part, row.implementation, row.reason))
         assert row.implementation in printed
+        assert row.part in printed
+        # Long sentences are wrapped.
+        assert row.reason.split()[0] in printed
+    assert all(heading in printed for heading in ("path", "part", "implementation", "why"))
     by_part = {row.part: row.implementation for row in rows}
     assert by_part["layout"] == "packed"
     assert by_part["embeddings"].startswith("ops.embedding_layer_norm: ")
@@ -447,6 +486,24 @@ def test_explain_is_data_and_text(capsys):
     # For each of two layers: projections, attention, attention output, output, intermediate; and whether in one call.
     assert sum(".encoder.layer." in row.path for row in rows) == 2 * 6
     assert "last forward" not in by_part
+
+
+def test_explain_tells_of_prepacked_weights():
+    fast = twins.twins()[1]
+    found = {row.part: (row.implementation, row.reason) for row in fastbert.explain(fast)}
+    assert found["query, key, value"] == (PREPACKED, "one product")
+    for part in ("dense, GELU", "dense, dropout, residual, LayerNorm"):
+        # An intermediate size of 148 is none of the extension's.
+        assert found[part] == ("onednn prepacked", "post-operation in the product")
+    query = fast.encoder.layer[0].attention.self.query
+    query.weight.data = query.weight.data.t()
+    first, second = ((row.implementation, row.reason) for row in rows_of(fast, "query, key, value"))
+    assert first == ("torch linear", "a weight isn't contiguous")
+    assert second == (PREPACKED, "one product")
+    found = {row.part: row.implementation for row in fastbert.explain(fast.train())}
+    assert found["query, key, value"] == "torch linear"
+    assert found["dense, GELU"].startswith("ops.linear_gelu: ")
+    assert found["dense, dropout, residual, LayerNorm"].startswith("ops.bias_dropout_residual_layer_norm: ")
 
 
 def test_explain_shows_the_rows_once():

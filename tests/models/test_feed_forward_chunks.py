@@ -53,3 +53,14 @@ def test_chunks_draw_different_dropout_masks():
     dropped = [chunk < chunk.mean() for chunk in chunks]
     assert len(dropped) == 12
     assert all((dropped[0] != other).float().mean() > 0.3 for other in dropped[1:])
+
+
+def test_chunks_draw_no_seeds_of_their_own():
+    """Theirs follow from the layer's: torch's generator is where it would be without chunks."""
+    states = []
+    for changes in ({}, CHUNKED):
+        _, fast = twins.twins(hidden_dropout_prob=0.1, **changes)
+        torch.manual_seed(3)
+        fast.train()(**twins.batch(seqlen=36))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import types
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ class Rerun:
 
     def replay(self):
         self.replays += 1
+        self.model.__dict__.setdefault("calls", []).append("replay")
         for target, value in zip(self.outputs.to_tuple(), self.model(**self.inputs).to_tuple(), strict=True):
             for one, other in zip(tensors(target), tensors(value), strict=True):
                 one.copy_(other)
@@ -34,11 +36,16 @@ def tensors(value):
 
 
 class Event:
+    """The end of a replay, by what was done with it: the kinds of calls, in order."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
     def wait(self):
-        pass
+        self.calls.append("wait")
 
     def record(self):
-        pass
+        self.calls.append("record")
 
 
 @pytest.fixture
@@ -49,7 +56,7 @@ def on_cpu(monkeypatch):
     @torch.no_grad()
     def capture(self, bucket, device):
         captures.append(bucket)
-        self._done = Event()
+        self._done = Event(self.model.__dict__.setdefault("calls", []))
         inputs = {name: torch.zeros(bucket, dtype=torch.int64) for name in graphs._ARGUMENTS}
         inputs["attention_mask"].fill_(1)
         rerun = Rerun(self.model, inputs)
@@ -289,6 +296,88 @@ def test_positional_arguments(graphed):
     wanted = expected(graphed, {name: inputs[name] for name in ("input_ids", "attention_mask")})
     assert graphed.route == "graph 4x16"
     torch.testing.assert_close(actual.pooler_output, wanted.pooler_output, atol=2e-5, rtol=1e-4)
+
+
+def test_a_replay_waits_for_the_copies_of_the_one_before(graphed):
+    """All graphs share their memory."""
+    with torch.no_grad():
+        for shape in ((4, 16), (1, 8)):
+            graphed(**twins.batch(*shape))
+    assert graphed.model.calls == ["wait", "replay", "record"] * 2
+
+
+class Stream:
+    """One that tells what waits for what."""
+
+    def __init__(self, name, calls):
+        self.name, self.calls = name, calls
+
+    def wait_stream(self, other):
+        self.calls.append(f"{self.name} waits for {other.name}")
+
+
+def test_a_capture_is_warmed_up_beside_the_current_stream(monkeypatch):
+    calls = []
+
+    @contextlib.contextmanager
+    def block(what):
+        calls.append(f"{what} begins")
+        yield
+        calls.append(f"{what} ends")
+
+    model = twins.twins()[1]
+    forward = model.forward
+    model.forward = lambda **inputs: calls.append(int(inputs["attention_mask"].sum())) or forward(**inputs)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side", calls))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current", calls))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: block(stream.name))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: calls.append("pool") or "pool")
+    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(calls))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
+
+    def graph(graph, pool, stream, capture_error_mode):
+        assert capture_error_mode == "thread_local"
+        return block(f"{graph} with {pool} on {stream.name}")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    graphed = fastbert.cuda_graphs(model)
+    captured = graphed._capture((2, 8), torch.device("cpu"))
+    assert captured.outputs.last_hidden_state.shape == (2, 8, 64)
+    assert not captured.outputs.last_hidden_state.requires_grad
+    assert {name: x.shape for name, x in captured.inputs.items()} == dict.fromkeys(graphs._ARGUMENTS, (2, 8))
+    warm_up = ["side waits for current", "side begins", 16, 16, 16, "side ends", "current waits for side"]
+    capture = ["graph with pool on side begins", 16, "graph with pool on side ends"]
+    assert calls == [*warm_up, "pool", *capture]
+    calls.clear()
+    graphed._capture((2, 8), torch.device("cpu"))
+    assert calls == [*warm_up, *capture]
+
+
+def test_arguments_by_place_that_no_graph_takes(graphed, on_cpu):
+    inputs = twins.batch(4, 16)
+    positions = torch.arange(16)[None]
+    with torch.no_grad():
+        graphed(inputs["input_ids"], inputs["attention_mask"], None, positions, None)
+        assert graphed.route == "positional argument 4 is given"
+        graphed(inputs["input_ids"], None, inputs["token_type_ids"], None, None)
+    assert graphed.route == "graph 4x16"
+    assert len(on_cpu) == 1
+
+
+@pytest.mark.parametrize("ids", [None, torch.ones(8).long(), torch.ones(1, 8, 1).long(), torch.ones(0, 8).long()])
+def test_ids_that_are_no_batch(graphed, ids):
+    with torch.no_grad(), pytest.raises(ValueError, match=r"input_ids|sequences of length"):
+        graphed(ids)
+    assert graphed.route == "input_ids isn't [batch, sequence]"
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+def test_no_graph_is_captured_inside_another(monkeypatch, capturing):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    graphed = fastbert.cuda_graphs(twins.twins()[1])
+    assert graphed._missing_device(torch.ones(1, 8)) == "graphs are of a GPU, and the tensors are on cpu"
+    on_gpu = types.SimpleNamespace(device=torch.device("cuda", 0))
+    assert graphed._missing_device(on_gpu) == ("a graph is being captured around it" if capturing else None)
 
 
 def test_asking_for_what_there_is_anyway_changes_nothing(graphed):

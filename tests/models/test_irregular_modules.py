@@ -72,6 +72,10 @@ def keys_of_other_width(model):
     model.encoder.layer[1].attention.self.value = linear(64, 96)
 
 
+def key_of_other_width(model):
+    model.encoder.layer[1].attention.self.key = linear(64, 96)
+
+
 def sliced_intermediate(model):
     layer = model.encoder.layer[1]
     layer.intermediate.dense.weight = nn.Parameter(layer.intermediate.dense.weight[:64])
@@ -173,7 +177,7 @@ def stale_shape(norm):
 
 CHANGES = [
     other_heads, fewer_heads_first, pruned_heads, more_heads_than_hidden, stale_number_of_heads, another_scale,
-    head_size_that_does_not_divide, values_of_other_width, keys_of_other_width, sliced_intermediate,
+    head_size_that_does_not_divide, values_of_other_width, keys_of_other_width, key_of_other_width, sliced_intermediate,
     strided_intermediate, sliced_intermediate_alone, narrow_input, fewer_outputs,
     *(with_bias(path, size) for path in LINEARS for size in (1, 32, 1000)),
     *(

@@ -1,6 +1,7 @@
 """The masked autoencoder against Hugging Face's BERT, one sequence after the other, without a mask or padding."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from models import twins
 from transformers import BertModel as HuggingFaceModel
 
 import fastbert
+from fastbert.models import masked_autoencoder
 
 KINDS = ("none", "right", "left", "holes")
 
@@ -188,3 +190,34 @@ def test_refused(changes, message):
 def test_heads_that_do_not_divide():
     with pytest.raises(ValueError, match="decoder_hidden_size is 50, no multiple of decoder_num_attention_heads"):
         autoencoder(decoder_hidden_size=50, decoder_num_attention_heads=4)
+
+
+@pytest.mark.parametrize("features", [7, 8])
+def test_positions_are_sinusoids(features):
+    """Vaswani et al., arXiv:1706.03762, section 3.5."""
+    found = masked_autoencoder._sinusoids(50, features)
+    assert found.shape == (50, features)
+    for position in (0, 1, 49):
+        for feature in range(features):
+            angle = position / 10000 ** (2 * (feature // 2) / features)
+            expected = math.cos(angle) if feature % 2 else math.sin(angle)
+            assert float(found[position, feature]) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_masked_token_in_padding_is_computed_as_in_hugging_face():
+    """Its state is read, so that the batch of the decoder stays padded."""
+    model, inputs = autoencoder().eval(), batch()
+    inputs["labels"][0, -1] = 7
+    assert not inputs["attention_mask"][0, -1]
+    model(**inputs)
+    assert model.decoder.route == "the head or the pooler uses the states of padded positions"
+    assert model.bert.route == "packed"
+
+
+def test_the_vocabulary_can_grow():
+    model = autoencoder()
+    model.resize_token_embeddings(107)
+    assert model.get_output_embeddings().weight is model.bert.embeddings.word_embeddings.weight
+    assert model.predictions.bias is model.predictions.decoder.bias
+    assert model.predictions.bias.shape == (107,)
+    assert model(**batch()).logits.shape[1] == 107

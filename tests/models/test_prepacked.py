@@ -181,3 +181,63 @@ def test_a_row_s_product_is_the_same_in_any_company(rows, level, threads):
         threads(count)
         assert torch.equal(call(host_linear, "linear", x, weight, None, None), whole)
         assert torch.equal(call(host_linear, "linear", x[1:2], weight, None, None), whole[1:2])
+
+
+@pytest.fixture
+def oneDNN(monkeypatch):
+    """``onednn.missing`` without what it has found before; a build of torch that can do all of it."""
+    if reason := onednn.missing(torch.float32):
+        pytest.skip(reason)
+    for name in ("_is_mkldnn_bf16_supported", "_is_mkldnn_fp16_supported"):
+        monkeypatch.setattr(torch.ops.mkldnn, name, lambda: True)
+    return onednn.missing.__wrapped__
+
+
+def test_what_onednn_lacks(oneDNN, monkeypatch):
+    assert oneDNN(torch.float32) is None
+    assert "and float16, not in torch.float64" in oneDNN(torch.float64)
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16")):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda: False)
+            told = f"oneDNN has no {str(dtype).removeprefix('torch.')} kernels for this processor"
+            assert oneDNN(dtype) == told
+            assert oneDNN(torch.float32) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+        assert oneDNN(torch.float32).startswith("this build of torch has no oneDNN")
+
+
+@pytest.mark.parametrize("error", [AttributeError, RuntimeError, NotImplementedError])
+def test_a_build_of_torch_without_prepacked_products(oneDNN, monkeypatch, error):
+    def fail(*args):
+        raise error("no kernel\nand more")
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", fail)
+    assert oneDNN(torch.float32) == "this build of torch can't run oneDNN's prepacked linear (no kernel)"
+
+
+def test_a_wrong_product_is_noticed(oneDNN, monkeypatch):
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", lambda weight: reorder(2.0 * weight))
+    assert oneDNN(torch.float32) == "oneDNN's prepacked linear gives a wrong product on this processor"
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "sizes"),
+    [
+        ((511, 2048), torch.bfloat16, [511]),
+        ((512, 2048), torch.bfloat16, [384, 128]),
+        ((1449, 3072), torch.bfloat16, [384, 384, 384, 297]),
+        ((1450, 2048), torch.bfloat16, [1450]),
+        ((512, 2047), torch.bfloat16, [512]),
+        ((512, 2048), torch.float32, [512]),
+        ((2, 512, 2048), torch.bfloat16, [2]),
+    ],
+    ids=str,
+)
+def test_long_sums_come_in_blocks_of_rows(monkeypatch, shape, dtype, sizes):
+    found = []
+    monkeypatch.setattr(onednn, "_linear_add", lambda x, weight, bias, other: found.append(len(x)) or 2 * other)
+    x, other = torch.zeros(shape, dtype=dtype), torch.randn(*shape[:-1], 4).to(dtype)
+    assert torch.equal(onednn.linear_add(x, None, None, other), 2 * other)
+    assert found == sizes

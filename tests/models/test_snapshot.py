@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -143,3 +144,14 @@ def test_a_snapshot_does_not_keep_its_root():
     snapshot = Snapshot(ours, ours.modules(), tensors=True)
     assert snapshot.holds(ours)
     assert ours not in snapshot._below
+
+
+def test_a_tensor_that_takes_the_id_of_another_is_seen():
+    """Tensors are told apart by their ids, so a snapshot keeps those that it has seen: no id is given again."""
+    _, ours = twins.twins()
+    snapshot = Snapshot(ours, ours.modules(), tensors=True)
+    replaced = weakref.ref(ours.pooler.dense.weight)
+    snapshot.tensors.clear()
+    ours.pooler.dense.weight = torch.nn.Parameter(torch.zeros(64, 64))
+    assert replaced() is not None
+    assert not snapshot.holds(ours)

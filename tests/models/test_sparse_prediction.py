@@ -35,6 +35,10 @@ def test_loss_and_gradients_are_those_of_all_positions(name, kind):
         output.loss.backward()
     torch.testing.assert_close(outputs[1].loss, outputs[0].loss, atol=1e-6, rtol=1e-6)
     torch.testing.assert_close(logits(outputs[1]), logits(outputs[0])[inputs["labels"] != -100], atol=2e-5, rtol=1e-4)
+    assert outputs[1].keys() == outputs[0].keys()
+    if name == "BertForPreTraining":
+        expected, actual = (output.seq_relationship_logits for output in outputs)
+        torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-4)
     for (path, expected), actual in zip(theirs.named_parameters(), ours.parameters(), strict=True):
         torch.testing.assert_close(
             actual.grad, expected.grad, atol=1e-5, rtol=1e-4, msg=lambda m, path=path: f"{path}: {m}"

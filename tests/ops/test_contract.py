@@ -220,6 +220,14 @@ def test_unknown_implementation(maker):
 
 
 @makers
+def test_a_tensor_on_another_device(maker):
+    problem = maker()
+    for name, x in problem.tensors.items():
+        with pytest.raises(ValueError, match=r"is on (cpu|meta); it must be on (cpu|meta)"):
+            problem.actual(**{**problem.tensors, name: x.to("meta")})
+
+
+@makers
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile(maker, dynamic, fresh_dynamo):
     problem = maker()

@@ -1,6 +1,7 @@
 """The table of launch configurations."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -158,3 +159,29 @@ def test_a_kernel_is_compiled_once_for_the_seeds_of_all_layers(launched, max_seq
         keys.append(_keys(launched))
     assert {kernel.fn.__name__ for kernel, _ in keys[0]} >= {"forward_kernel", "backward_kernel"}
     assert keys[0] == keys[1] == keys[2] == keys[3]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(1, (1, 0)), (2, (2, 0)), (7, (4, 4)), (512, (512, 0)), (768, (512, 256)), (1000, (512, 512)), (1023, (512, 512))],
+)
+def test_pieces_of_a_row(size, expected):
+    assert triton_utils.pieces(size) == expected
+
+
+@pytest.mark.parametrize(("allowed", "expected"), [("none", "tf32x3"), ("ieee", "tf32x3"), ("tf32", "tf32")])
+def test_float32_is_split_unless_torch_allows_tf32(monkeypatch, allowed, expected):
+    monkeypatch.setattr(triton_utils, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=allowed))
+    assert triton_utils.dot_precision() == expected
+
+
+def test_rows_are_copied_only_where_they_must_be():
+    x = torch.randn(4, 3, 8)
+    assert triton_utils.rows_of(x).shape == (12, 8)
+    assert triton_utils.rows_of(x).data_ptr() == x.data_ptr()
+    wide = torch.randn(12, 16)[:, :8]
+    assert triton_utils.rows_of(wide).data_ptr() == wide.data_ptr()
+    across = torch.randn(8, 12).t()
+    assert triton_utils.rows_of(across).is_contiguous()
+    assert torch.equal(triton_utils.rows_of(across), across)

@@ -1,5 +1,9 @@
 """The choice of an implementation and its explanation."""
 
+import dataclasses
+import importlib
+import itertools
+
 import pytest
 import torch
 
@@ -104,6 +108,94 @@ def test_every_op_has_one_for_every_request(op, device, dtype):
         assert all(reason for row in rows for reason in row.reasons)
 
 
+@dataclasses.dataclass
+class Serves:
+    """The requests that an implementation can serve where everything is installed; None: any."""
+
+    device: str | None = None
+    dtypes: tuple[torch.dtype, ...] | None = None
+    dropout: bool = True
+    largest_head: int = 1000
+    head_multiple: int = 1
+
+    def __contains__(self, request):
+        return (
+            self.device in (None, request.device)
+            and (self.dtypes is None or request.dtype in self.dtypes)
+            and (self.dropout or request.dropout_p == 0.0)
+            and request.head_size <= self.largest_head
+            and request.head_size % self.head_multiple == 0
+        )
+
+
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+UP_TO_32_BITS = (torch.float32, *SIXTEEN_BITS)
+TRITON = Serves("cuda", UP_TO_32_BITS)
+FLASH = Serves("cuda", SIXTEEN_BITS, dropout=False, largest_head=256, head_multiple=8)
+# In the order of preference.
+TABLES = {
+    "attention": {
+        "triton": Serves("cuda", UP_TO_32_BITS, largest_head=128),
+        "flash_attn": FLASH,
+        "torch_varlen": FLASH,
+        "amx": Serves("cpu", (torch.bfloat16,), dropout=False),
+        "simd": Serves("cpu", (torch.float32,), dropout=False),
+        "sdpa": Serves("cpu", (*UP_TO_32_BITS, torch.float64), dropout=False),
+        "cpu": Serves("cpu", UP_TO_32_BITS),
+        "reference": Serves(),
+    },
+    "bias_dropout_residual": {
+        "cuda": Serves("cuda", UP_TO_32_BITS),
+        "cpu": Serves("cpu", UP_TO_32_BITS),
+        "reference": Serves(),
+    },
+    "bias_dropout_residual_layer_norm": {
+        "cuda": Serves("cuda", UP_TO_32_BITS),
+        "cpu": Serves("cpu", UP_TO_32_BITS),
+        "composed": Serves(),
+        "reference": Serves(),
+    },
+    "bias_gelu": {"triton": TRITON, "torch": Serves(), "reference": Serves()},
+    "embedding_layer_norm": {"triton": TRITON, "torch": Serves(), "reference": Serves()},
+    "layer_norm": {"triton": TRITON, "torch": Serves(), "reference": Serves()},
+    "linear_gelu": {
+        "by_shape": TRITON,
+        "persistent": Serves("cuda", SIXTEEN_BITS),
+        "triton": TRITON,
+        "cublas_triton": TRITON,
+        "torch": Serves(),
+        "reference": Serves(),
+    },
+}
+
+
+@pytest.fixture
+def everything_installed(monkeypatch):
+    """And no interpreter of Triton's; a GPU isn't asked for its capability."""
+    monkeypatch.setattr(select, "_INTERPRETING", False)
+    for name in ("_missing_extension", "_missing_amx", "_missing_simd", "_missing_triton"):
+        monkeypatch.setattr(select, name, lambda: None)
+    monkeypatch.setattr(select, "_missing_cuda_extension", lambda index: None)
+    monkeypatch.setattr(select, "_capability", lambda index: None)
+    monkeypatch.setattr(importlib.import_module("fastbert.ops.attention.api"), "_missing_flash_attn", lambda: None)
+
+
+@pytest.mark.usefixtures("everything_installed")
+@pytest.mark.parametrize("op", OPS)
+def test_who_can_serve_what(op):
+    expected = TABLES[op]
+    dtypes = (*UP_TO_32_BITS, torch.float64)
+    for device, dtype, dropout_p, size in itertools.product(
+        ("cpu", "cuda", "mps"), dtypes, (0.0, 0.1), (8, 12, 128, 136, 256, 264)
+    ):
+        request = select.Request(device, dtype, dropout_p, size)
+        rows = select.table(op).explain(request)
+        assert [row.implementation for row in rows] == list(expected)
+        able = [name for name, serves in expected.items() if request in serves]
+        assert [row.implementation for row in rows if not row.reasons] == able, request
+        assert select.table(op).choose(None, request) == able[0]
+
+
 def test_every_op_is_in_the_tables():
     assert {row.op for row in select.explain(REQUEST)} == set(OPS) == set(fastbert.ops.__all__)
 
@@ -142,3 +234,15 @@ def test_kernels_come_first_on_a_gpu(p, dtype):
     if extension.missing_cuda() is None:
         expected |= {"bias_dropout_residual": "cuda", "bias_dropout_residual_layer_norm": "cuda"}
     assert {op: select.table(op).choose(None, request) for op in expected} == expected
+
+
+@pytest.mark.parametrize("capability", [None, (8, 9), (9, 0), (10, 0)])
+def test_the_capability_of_the_device(monkeypatch, capability):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: asked.append(index) or capability)
+    found = list(select.needs_capability(select.Request("cuda", torch.float16, index=2), 90))
+    old = capability == (8, 9)
+    assert found == (["it needs compute capability 9.0, and the device has 8.9"] if old else [])
+    assert asked == ([] if capability is None else [2])
+    assert not list(select.needs_capability(select.Request("cpu", torch.float16), 90))

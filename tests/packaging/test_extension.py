@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import platform
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -620,3 +623,75 @@ def test_cuda_errors_are_raised() -> None:
             *(row, None, row, row, C.FLOAT32, one, one, row, None, None, None, None, None),
             *(1, 8, C.FLOAT32, None, 65536, 1.0, 0),
         )
+
+
+def end_of_the_last_segment(elf: bytes) -> int:
+    """What the loader maps of a file: the program headers of the ELF format, version 1.2, figure 2-1."""
+    start, size, count = (int.from_bytes(elf[at : at + wide], "little") for at, wide in ((32, 8), (54, 2), (56, 2)))
+    headers = [elf[start + size * index :][:size] for index in range(count)]
+    return max(int.from_bytes(h[8:16], "little") + int.from_bytes(h[32:40], "little") for h in headers)
+
+
+def test_a_file_that_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "_C.so"
+    spec = SimpleNamespace(origin=str(path))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    whole = Path(C.__file__).read_bytes()
+    needed = end_of_the_last_segment(whole)
+    # The last are for the loader to refuse.
+    for complete in (whole, whole[:needed], b"no extension at all", whole[:63]):
+        path.write_bytes(complete)
+        extension._check_complete()
+    for size in (needed - 1, needed // 2, 4096):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ImportError, match=rf"_C\.so is cut off: it has {size} bytes of at least \d+"):
+            extension._check_complete()
+    path.write_bytes(whole[: needed - 1])
+    for found in (None, SimpleNamespace(origin=None)):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, found=found: found)
+        extension._check_complete()
+
+
+@pytest.mark.parametrize("error", [ImportError, OSError, SystemError, KeyError])
+def test_an_extension_that_can_not_be_loaded(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+    def fail(name: str) -> None:
+        raise error("what there is")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    module, reason = extension._attempt.__wrapped__()
+    assert module is None
+    assert f"fastbert._C could not be loaded ({error.__name__}: " in reason
+    assert "what there is" in reason
+    assert "reinstall with" in reason
+
+
+def test_an_extension_of_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = SimpleNamespace(build_info=lambda: {"version": "0.0.1"})
+    monkeypatch.setattr(importlib, "import_module", lambda name: other)
+    module, reason = extension._attempt.__wrapped__()
+    assert module is None
+    assert reason.startswith(f"fastbert._C was built for fastbert 0.0.1, and this is {fastbert.__version__}: reinstall")
+
+
+def test_what_a_build_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"cuda_absent": None, "cuda_version": "13.0", "cuda_architectures": "90"}
+    made = SimpleNamespace(
+        build_info=lambda: found, simd_level=lambda: 1, amx_missing=lambda: "no AMX here", device_error=lambda: None
+    )
+    monkeypatch.setattr(extension, "_attempt", lambda: extension._Attempt(made, None))
+    assert extension.missing_amx() == "no AMX here"
+    assert extension.missing_simd() is None
+    assert extension.missing_cuda() is None
+    monkeypatch.setattr(made, "simd_level", lambda: 0)
+    assert "this processor lacks AVX2" in extension.missing_simd()
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU {index}")
+    asked = extension._device_error.__wrapped__
+    assert asked(0) is None
+    monkeypatch.setattr(made, "device_error", lambda: "no kernel image")
+    assert "built with CUDA 13.0 for 90, can't run on GPU 1 (no kernel image): update the driver" in asked(1)
+    found["cuda_absent"] = "nvcc is not there"
+    assert "was built without CUDA (nvcc is not there): install the CUDA toolkit" in extension.missing_cuda()
+    monkeypatch.setattr(extension, "_attempt", lambda: extension._Attempt(None, "it is gone"))
+    told = {extension.missing(), extension.missing_amx(), extension.missing_simd(), extension.missing_cuda()}
+    assert told == {"it is gone"}

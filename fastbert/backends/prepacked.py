@@ -47,6 +47,7 @@ class _Checksums:
             places = (ends[first:].data_ptr(), checksums[first:].data_ptr())
             table.append([matrix.data_ptr(), count, columns * matrix.itemsize, *places])
             first += count
+        assert first == rows, "the extension writes as many checksums as there are rows"
         self._table = torch.tensor(table)
         self._turn = 0
         extension.module().checksums_remember(extension.memory(self._table), len(table))

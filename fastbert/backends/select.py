@@ -206,8 +206,13 @@ def needs_capability(request: Request, least: int) -> Iterator[str]:
         yield f"it needs compute capability {least / 10}, and the device has {capability / 10}"
 
 
+def _is_on(value: str) -> bool:
+    """Whether Triton takes the value of one of its environment variables for true."""
+    return value.lower() in ("1", "true", "on", "yes", "y")
+
+
 # As Triton does, at import: its kernels are made for the interpreter or for a GPU once and for all.
-_INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+_INTERPRETING = _is_on(os.environ.get("TRITON_INTERPRET", ""))
 
 
 # torch.compile takes these answers as they are: it can't trace an import.

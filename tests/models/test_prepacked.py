@@ -241,3 +241,54 @@ def test_long_sums_come_in_blocks_of_rows(monkeypatch, shape, dtype, sizes):
     x, other = torch.zeros(shape, dtype=dtype), torch.randn(*shape[:-1], 4).to(dtype)
     assert torch.equal(onednn.linear_add(x, None, None, other), 2 * other)
     assert found == sizes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_onednn_has_what_torch_says_of_this_processor(dtype):
+    kinds = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+    supported = torch.backends.mkldnn.is_available() and (
+        dtype not in kinds or getattr(torch.ops.mkldnn, f"_is_mkldnn_{kinds[dtype]}_supported")()
+    )
+    assert (onednn.missing(dtype) is None) == supported
+
+
+def test_a_product_of_another_depth_is_refused():
+    if reason := host_linear.missing(torch.float32):
+        pytest.skip(reason)
+    with pytest.raises(ValueError, match=r"x has shape \(2, 64\); its last dimension must be 96, the weight's"):
+        host_linear.linear(torch.zeros(2, 64), host_linear.pack(torch.zeros(32, 96)), None)
+
+
+@pytest.fixture
+def frozen():
+    """Two linear layers side by side, without gradients."""
+    return [nn.Linear(64, 96).requires_grad_(False) for _ in range(2)]
+
+
+def test_where_no_weight_is_prepacked(frozen):
+    if reason := prepacked.missing(torch.float32):
+        pytest.skip(reason)
+    x, told = torch.randn(3, 64), prepacked.unsupported
+    assert told(x, frozen) is None
+    assert told(x.to("meta"), frozen) == "prepacked linears run on the cpu, and the tensors are on meta"
+    assert told(x[:0], frozen) == "there is nothing to multiply"
+    assert told(x.bfloat16(), frozen) == "the input is torch.bfloat16 and a weight or bias torch.float32"
+    assert told(x.requires_grad_(), frozen).startswith("gradients are needed")
+    with torch.no_grad():
+        assert told(x, frozen) is None
+    x = x.detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert told(x, frozen) == "autocast is on, which casts the weights at every use"
+    for parameter in (frozen[1].weight, frozen[0].bias):
+        parameter.requires_grad_()
+        assert told(x, frozen).startswith("gradients are needed")
+        with torch.inference_mode():
+            assert told(x, frozen) is None
+        parameter.requires_grad_(False)
+    frozen[1].bias.data = frozen[1].bias.data.double()
+    assert told(x, frozen) == "the input is torch.float32 and a weight or bias torch.float64"
+    frozen[1].bias.data = torch.zeros(192)[::2]
+    assert told(x, frozen) == "a weight isn't contiguous"
+    with torch.inference_mode():
+        frozen[1].bias = nn.Parameter(torch.zeros(96), requires_grad=False)
+    assert told(x, frozen).startswith("a weight was made in inference mode")

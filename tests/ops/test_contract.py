@@ -397,3 +397,28 @@ def test_threads_with_cold_caches_case_33():
     """The first calls of a process, eight at a time: implementations and the extension load in them."""
     done = subprocess.run([sys.executable, "-c", COLD], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+@makers
+def test_the_first_result_alone_has_a_gradient(maker):
+    """And the backward is given no zeros for the others, which would be as large as they are."""
+    problem = maker()
+    for impl in problem.implementations():
+        with Recorder() as recorder:
+            parity.results(functools.partial(problem.actual, impl=impl), problem.tensors, problem.dy)
+        forward, arguments = recorder.calls[0]
+        results = forward(*_leaves(arguments, requires_grad=True))
+        first, *rest = results if isinstance(results, tuple) else (results,)
+        assert first.requires_grad
+        assert not any(result.requires_grad for result in rest)
+        made = []
+
+        class Allocations(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None, made=made):
+                made.append(str(func))
+                return func(*args, **(kwargs or {}))
+
+        with Allocations():
+            first.backward(torch.ones_like(first) if problem.dy is None else problem.dy)
+        before = made[: next(i for i, name in enumerate(made) if name.startswith("fastbert."))]
+        assert not [name for name in before if "zeros" in name]

@@ -246,3 +246,21 @@ def test_the_capability_of_the_device(monkeypatch, capability):
     assert found == (["it needs compute capability 9.0, and the device has 8.9"] if old else [])
     assert asked == ([] if capability is None else [2])
     assert not list(select.needs_capability(select.Request("cpu", torch.float16), 90))
+
+
+@pytest.mark.parametrize("value", ["1", "true", "True", "on", "YES", "y", "", "0", "false", "off", "no", "n", "2"])
+def test_the_interpreter_is_asked_for_as_triton_understands_it(monkeypatch, value):
+    knobs = pytest.importorskip("triton.knobs", reason="Triton is not installed, or one before 3.4")
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    assert select._is_on(value) == knobs.getenv_bool("TRITON_INTERPRET", False)
+
+
+@pytest.mark.usefixtures("everything_installed")
+@pytest.mark.parametrize("interpreting", [False, True])
+def test_triton_s_kernels_are_for_a_gpu_or_for_the_interpreter(monkeypatch, interpreting):
+    monkeypatch.setattr(select, "_INTERPRETING", interpreting)
+    on = {device: list(select.needs_triton(select.Request(device, torch.float32))) for device in ("cpu", "cuda")}
+    told = "TRITON_INTERPRET=1 is set, and Triton's interpreter is for tensors on the cpu"
+    assert (on["cuda"], bool(on["cpu"])) == (([told], False) if interpreting else ([], True))
+    monkeypatch.setattr(select, "_missing_triton", lambda: "Triton is broken")
+    assert list(select.needs_triton(select.Request("cpu", torch.float32)))[-1] == "Triton is broken"

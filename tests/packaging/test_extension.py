@@ -690,7 +690,10 @@ def test_what_a_build_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked(0) is None
     monkeypatch.setattr(made, "device_error", lambda: "no kernel image")
     assert "built with CUDA 13.0 for 90, can't run on GPU 1 (no kernel image): update the driver" in asked(1)
+    monkeypatch.setattr(extension, "_device_error", lambda index: f"device {index} is too old")
+    assert extension.missing_on_device(1) == "device 1 is too old"
     found["cuda_absent"] = "nvcc is not there"
+    assert extension.missing_on_device(1) == extension.missing_cuda()
     assert "was built without CUDA (nvcc is not there): install the CUDA toolkit" in extension.missing_cuda()
     monkeypatch.setattr(extension, "_attempt", lambda: extension._Attempt(None, "it is gone"))
     told = {extension.missing(), extension.missing_amx(), extension.missing_simd(), extension.missing_cuda()}

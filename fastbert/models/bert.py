@@ -113,7 +113,7 @@ class BertModel(_FromSafetensors, hf.BertModel):
         embedded = inputs_embeds if input_ids is None else input_ids
         attention_mask = inputs.boolean_4d(attention_mask, self.config._attn_implementation, self.dtype)
         attention_mask = inputs.broadcast_2d(attention_mask, embedded)
-        if all(kwargs.get(name) is None for name in ("encoder_hidden_states", upstream.CACHE, upstream.OLD_CACHE)):
+        if all(kwargs.get(name) is None for name in (upstream.CACHE, upstream.OLD_CACHE)):
             inputs.check(self.config, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
         packed, reason = None, self._padded_reason(attention_mask, kwargs)
         if reason is None:

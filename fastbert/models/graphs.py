@@ -205,7 +205,6 @@ class GraphedModel(nn.Module):
             outputs = self.model(**inputs)
         return _Captured(graph, inputs, outputs)
 
-    @torch.no_grad()
     def _replay(self, captured: _Captured, given: dict[str, Tensor]) -> Any:
         batch, length = given["input_ids"].shape
         # The last call's copies may still be under way on another stream, and all graphs share their memory.

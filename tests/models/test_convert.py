@@ -408,22 +408,26 @@ def test_attention_interface_of_other_models(build, calls, kind):
 
 @pytest.mark.parametrize("is_causal", [None, False, True])
 @pytest.mark.parametrize("mask", ["none", "2-D", "4-D"])
-@pytest.mark.parametrize("other", ["module", "keys", "values", "position_bias"])
+@pytest.mark.parametrize(
+    "other", ["module", "more keys", "fewer keys", "narrow values", "wide values", "position_bias"]
+)
 def test_attention_interface_equals_torch_s(other, mask, is_causal):
     """With keys of another length or values of another width, or in a module that says nothing of itself."""
     query, key, value = (torch.randn(2, 3, 5, 8) for _ in range(3))
-    if other == "keys":
-        key, value = torch.randn(2, 2, 3, 7, 8)
-    if other == "values":
-        value = torch.randn(2, 3, 5, 4)
+    if other.endswith("keys"):
+        key, value = torch.randn(2, 2, 3, 7 if other == "more keys" else 4, 8)
+    if other.endswith("values"):
+        value = torch.randn(2, 3, 5, 4 if other == "narrow values" else 12)
     keys = key.shape[2]
     attend = torch.arange(keys) < torch.tensor([[keys], [3]])
     given = {"none": None, "2-D": attend, "4-D": attend[:, None, None, :].expand(2, 1, 5, keys)}[mask]
     wide = None if given is None else attend[:, None, None, :].expand(2, 1, 5, keys)
-    more = {"position_bias": torch.randn(1, 3, 5, 5)} if other == "position_bias" else {}
+    more = {"is_causal": is_causal, "scaling": 0.3}
+    if other == "position_bias":
+        more["position_bias"] = torch.randn(1, 3, 5, 5)
     module = nn.Module()
-    expected, _ = upstream.sdpa_attention_forward(module, query, key, value, wide, is_causal=is_causal, **more)
-    found, _ = interface.attention(module, query, key, value, given, is_causal=is_causal, **more)
+    expected, _ = upstream.sdpa_attention_forward(module, query, key, value, wide, **more)
+    found, _ = interface.attention(module, query, key, value, given, **more)
     where = attend if mask == "2-D" and keys == 5 else torch.ones(2, 5, dtype=torch.bool)
     torch.testing.assert_close(found[where], expected[where], atol=1e-6, rtol=1e-5)
 
@@ -477,7 +481,9 @@ def test_explain_is_data_and_text(capsys):
         assert row.part in printed
         # Long sentences are wrapped.
         assert row.reason.split()[0] in printed
-    assert all(heading in printed for heading in ("path", "part", "implementation", "why"))
+    title, _, headings, *_ = printed.splitlines()
+    assert title.strip() == "fastbert.explain"
+    assert headings.replace("┃", " ").split() == ["path", "part", "implementation", "why"]
     by_part = {row.part: row.implementation for row in rows}
     assert by_part["layout"] == "packed"
     assert by_part["embeddings"].startswith("ops.embedding_layer_norm: ")
@@ -552,8 +558,9 @@ def test_explain_tells_of_attention_by_name(model_class):
 def test_accelerate_warns_where_it_fused_nothing():
     model = nn.Sequential(nn.Linear(2, 2))
     told = r"nothing was fused: model holds no BERT of Hugging Face's to fuse; it is Sequential \(Sequential\)"
-    with pytest.warns(UserWarning, match=told):
+    with pytest.warns(UserWarning, match=told) as warned:
         assert fastbert.accelerate(model) is model
+    assert [one.filename for one in warned] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastbert.accelerate(fastbert.accelerate(twins.twins("BertForMaskedLM")[0]))

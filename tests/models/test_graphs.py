@@ -349,8 +349,11 @@ def test_a_capture_is_warmed_up_beside_the_current_stream(monkeypatch):
     capture = ["graph with pool on side begins", 16, "graph with pool on side ends"]
     assert calls == [*warm_up, "pool", *capture]
     calls.clear()
-    graphed._capture((2, 8), torch.device("cpu"))
+    with torch.inference_mode():
+        captured = graphed._capture((2, 8), torch.device("cpu"))
     assert calls == [*warm_up, *capture]
+    # Tensors of inference mode couldn't be written to outside of it.
+    assert not any(x.is_inference() for x in (*captured.inputs.values(), captured.outputs.last_hidden_state))
 
 
 def test_arguments_by_place_that_no_graph_takes(graphed, on_cpu):
@@ -369,6 +372,16 @@ def test_ids_that_are_no_batch(graphed, ids):
     with torch.no_grad(), pytest.raises(ValueError, match=r"input_ids|sequences of length"):
         graphed(ids)
     assert graphed.route == "input_ids isn't [batch, sequence]"
+
+
+def test_a_model_that_is_traced_makes_no_graph(graphed, monkeypatch):
+    ids = twins.batch(4, 16)["input_ids"]
+    with torch.no_grad():
+        assert graphed._given((ids,), {})[1] is None
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        given, reason = graphed._given((ids,), {})
+    assert reason == "the model is being traced"
+    assert given["input_ids"] is ids
 
 
 @pytest.mark.parametrize("capturing", [False, True])

@@ -79,6 +79,11 @@ def test_additive_4d_masks_case_4(kind, heads, hidden, implementation):
     assert not torch.allclose(masked, unmasked, atol=1e-2)
 
 
+def test_one_4d_mask_for_all_rows_case_4():
+    reference, fast = twins.twins()
+    assert_same_with_mask(reference, fast, torch.zeros(1, 1, 37, 37).masked_fill(~allowed_4d("causal")[:1], -1e4))
+
+
 def test_additive_4d_mask_of_keys_only_case_4():
     reference, fast = twins.twins()
     keys = torch.zeros(5, 1, 1, 37).masked_fill(~allowed_4d("right")[:, :, :1], float("-inf"))

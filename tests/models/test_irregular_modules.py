@@ -6,6 +6,8 @@ import torch
 from models import twins
 from torch import nn
 
+from fastbert.models import encoder_inference
+
 SIZES = {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 160, "num_hidden_layers": 3}
 
 
@@ -281,3 +283,19 @@ def test_offsets_that_are_none(offsets, error, told):
     fast = twins.twins(**SIZES)[1]
     with torch.no_grad(), pytest.raises(error, match=told):
         fast(twins.batch(1, 40, "none")["input_ids"], cu_seq_lens_q=offsets)
+
+
+# What the kernels of a GPU compute as Hugging Face does: sizes that agree with one another, in any memory.
+PLANNED = {
+    *("stale_number_of_heads", "another_scale", "head_size_that_does_not_divide"),
+    *("sliced_intermediate", "strided_intermediate"),
+    *(f"{path}_{change}" for path in NORMS for change in ("strided", "expanded")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_the_encoder_is_bypassed_on_a_gpu_only_where_sizes_agree(change):
+    fast = twins.twins(**SIZES)[1]
+    assert len(encoder_inference._new_plan(fast.encoder)) == 3
+    change(fast)
+    assert bool(encoder_inference._new_plan(fast.encoder)) == (change.__name__ in PLANNED)

@@ -106,3 +106,21 @@ def test_the_embeddings_of_packed_tokens_take_four_launches(token_types):
     with torch.no_grad(), Launches() as launches:
         ours.embeddings(input_ids=inputs["input_ids"], token_type_ids=types, packing=found)
     assert len(launches.names) <= 4, launches.names
+
+
+def test_every_argument_of_a_row_of_several_sequences():
+    """Those that ``DataCollatorWithFlattening`` makes."""
+    _, ours = twins.twins()
+    ids = twins.batch(1, 12, "none")["input_ids"]
+    offsets = torch.tensor([0, 5, 12], dtype=torch.int32)
+    more = {"cu_seq_lens_k": offsets, "max_length_q": 7, "max_length_k": 7}
+    with torch.no_grad():
+        expected = ours(ids, cu_seq_lens_q=offsets).last_hidden_state
+        found = ours(ids, cu_seq_lens_q=offsets, **more).last_hidden_state
+    twins.assert_packed(ours)
+    assert torch.equal(found, expected)
+
+
+def test_a_row_of_no_sequence():
+    found = packing.from_sequences(torch.tensor([0]), None, 7)
+    assert (found.max_seqlen, found.cu_seqlens.tolist()) == (0, [0])

@@ -108,6 +108,9 @@ def test_the_configuration_and_the_device_are_read_each_time():
     assert "the model is a decoder" in bert.static_padded_reason(ours)
     ours.config.is_decoder = False
     assert bert.static_padded_reason(ours) is None
+    ours.config._attn_implementation = "flex_attention"
+    assert bert.static_padded_reason(ours) == "attn_implementation='flex_attention' was asked for"
+    ours.config._attn_implementation = "sdpa"
     assert "the tensors are on meta" in bert.static_padded_reason(ours.to("meta"))
 
 

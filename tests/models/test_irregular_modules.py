@@ -109,6 +109,17 @@ def fewer_outputs(model):
     layer.output.dense.bias = nn.Parameter(layer.output.dense.bias[:32])
 
 
+def one_dimensional_weight(model):
+    model.encoder.layer[1].intermediate.dense.weight = nn.Parameter(torch.ones(96))
+
+
+def one_dimensional_weights(model):
+    """The features of a token that are left are one."""
+    output = model.encoder.layer[1].attention.output
+    output.dense.weight = nn.Parameter(torch.ones(96))
+    output.dense.bias = None
+
+
 LINEARS = (
     *("attention.self.query", "attention.self.key", "attention.self.value"),
     *("attention.output.dense", "intermediate.dense", "output.dense"),
@@ -181,6 +192,7 @@ CHANGES = [
     other_heads, fewer_heads_first, pruned_heads, more_heads_than_hidden, stale_number_of_heads, another_scale,
     head_size_that_does_not_divide, values_of_other_width, keys_of_other_width, key_of_other_width, sliced_intermediate,
     strided_intermediate, sliced_intermediate_alone, narrow_input, fewer_outputs,
+    one_dimensional_weight, one_dimensional_weights,
     *(with_bias(path, size) for path in LINEARS for size in (1, 32, 1000)),
     *(
         with_norm(path, change)

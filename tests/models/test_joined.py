@@ -61,6 +61,28 @@ def test_two_launches_for_all_layers():
     assert trace(ours, twins.batch()).count("aten::cat") == 2
 
 
+def test_a_plan_is_kept_until_something_changes():
+    _, ours = models()
+    with torch.no_grad():
+        ours(**twins.batch())
+    plan = joined._plan(ours.encoder)
+    assert joined._plan(ours.encoder) is plan
+    layer = ours.encoder.layer[1]
+    layer.attention.self = copy.deepcopy(layer.attention.self)
+    changed = joined._plan(ours.encoder)
+    assert changed is not plan
+    assert layer.attention.self in changed.attentions
+
+
+def test_weights_of_two_dtypes_are_not_joined():
+    """Joined they would all have the wider one, and no product would tell."""
+    _, ours = models()
+    ours.encoder.layer[1].attention.self.float()
+    assert joined._plan(ours.encoder).weights == []
+    with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
+        ours(**twins.batch())
+
+
 def test_the_states_are_hugging_faces():
     theirs, ours = models()
     agree(theirs, ours, twins.batch())

@@ -78,6 +78,15 @@ def key_of_other_width(model):
     model.encoder.layer[1].attention.self.key = linear(64, 96)
 
 
+def keys_of_double_width(model):
+    """All columns together are those of four heads."""
+    model.encoder.layer[1].attention.self.key = linear(192, 96)
+
+
+def values_of_double_width(model):
+    model.encoder.layer[1].attention.self.value = linear(192, 96)
+
+
 def sliced_intermediate(model):
     layer = model.encoder.layer[1]
     layer.intermediate.dense.weight = nn.Parameter(layer.intermediate.dense.weight[:64])
@@ -190,7 +199,8 @@ def stale_shape(norm):
 
 CHANGES = [
     other_heads, fewer_heads_first, pruned_heads, more_heads_than_hidden, stale_number_of_heads, another_scale,
-    head_size_that_does_not_divide, values_of_other_width, keys_of_other_width, key_of_other_width, sliced_intermediate,
+    head_size_that_does_not_divide, values_of_other_width, keys_of_other_width, key_of_other_width,
+    keys_of_double_width, values_of_double_width, sliced_intermediate,
     strided_intermediate, sliced_intermediate_alone, narrow_input, fewer_outputs,
     one_dimensional_weight, one_dimensional_weights,
     *(with_bias(path, size) for path in LINEARS for size in (1, 32, 1000)),

@@ -221,3 +221,10 @@ def test_the_vocabulary_can_grow():
     assert model.predictions.bias is model.predictions.decoder.bias
     assert model.predictions.bias.shape == (107,)
     assert model(**batch()).logits.shape[1] == 107
+
+
+def test_another_product_with_the_vocabulary():
+    model, other = autoencoder(), torch.nn.Linear(64, 107)
+    model.set_output_embeddings(other)
+    assert model.get_output_embeddings() is other
+    assert model.predictions.bias is other.bias

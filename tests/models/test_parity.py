@@ -114,6 +114,7 @@ def test_activations_case_24(hidden_act, grad):
         expected, actual = reference(**inputs).last_hidden_state, fast(**inputs).last_hidden_state
     twins.assert_packed(fast)
     torch.testing.assert_close(actual[twins.valid(inputs)], expected[twins.valid(inputs)], atol=1e-5, rtol=0)
+    assert (fast.encoder.layer[0].intermediate.unfused() is None) == hidden_act.startswith("gelu")
 
 
 @pytest.mark.parametrize("hidden_states", [True, [0, -1]])

@@ -10,7 +10,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert.backends import checks, philox
-from fastbert.models import layers
+from fastbert.models import after_attention, layers
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
@@ -488,3 +488,17 @@ def test_a_dropout_that_is_replaced_by_another_module(part):
         model.get_submodule(part).dropout = nn.Hardtanh(-1.5, 1.5)
         found.append(model(**twins.batch()).last_hidden_state[twins.valid(twins.batch())])
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("training", "weights", "states", "expected"),
+    [(True, False, False, 2), (False, True, False, 2), (False, False, True, 2), (False, False, False, 0)],
+)
+def test_layers_are_one_function_after_attention(monkeypatch, training, weights, states, expected):
+    """In training mode, and wherever there is a gradient: of weights, or of the states alone."""
+    calls = []
+    function = after_attention.after_attention
+    monkeypatch.setattr(after_attention, "after_attention", lambda *args: calls.append(1) or function(*args))
+    fast = twins.twins()[1].train(training).requires_grad_(weights)
+    fast(inputs_embeds=torch.randn(2, 7, 64, requires_grad=states))
+    assert len(calls) == expected

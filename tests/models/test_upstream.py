@@ -183,6 +183,28 @@ def test_an_unknown_keyword_changes_nothing_case_58(keyword, kind, training):
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"num_items_in_batch": torch.tensor(3)},
+        {"output_router_logits": True},
+        {"seq_idx": torch.zeros(5, 37).int()},
+        {"use_cache": True},
+        {"return_dict": True},
+        {"softcap": None},
+        {"output_attentions": False},
+    ],
+    ids=str,
+)
+def test_a_keyword_that_changes_nothing_is_packed(given):
+    fast = twins.twins()[1]
+    with torch.no_grad():
+        expected = fast(**twins.batch()).last_hidden_state
+        found = fast(**twins.batch(), **given).last_hidden_state
+    twins.assert_packed(fast)
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("name", ["is_causal", "output_attentions", "position_bias", "softcap"])
 def test_a_keyword_that_attention_reads_goes_the_padded_way(name):
     fast = twins.twins()[1]

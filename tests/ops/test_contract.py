@@ -422,3 +422,16 @@ def test_the_first_result_alone_has_a_gradient(maker):
             first.backward(torch.ones_like(first) if problem.dy is None else problem.dy)
         before = made[: next(i for i, name in enumerate(made) if name.startswith("fastbert."))]
         assert not [name for name in before if "zeros" in name]
+
+
+@pytest.mark.parametrize("name", ["linear_gelu", "bias_dropout_residual_layer_norm"])
+def test_nothing_is_kept_where_there_is_no_backward(name):
+    problem = problems.MAKERS[name]()
+    for impl in problem.implementations():
+        for needed in (False, True):
+            leaves = {key: x.clone().requires_grad_(needed) for key, x in problem.tensors.items()}
+            with torch.set_grad_enabled(needed), Recorder() as recorder:
+                problem.actual(**leaves, impl=impl)
+            function, arguments = recorder.calls[0]
+            kept = function(*_leaves(arguments, requires_grad=False))[1:]
+            assert any(x.numel() for x in kept) == needed

@@ -191,6 +191,8 @@ def test_ids_out_of_range_case_15(value, name, impl):
         ({"weight": torch.zeros(9)}, ValueError, r"weight has shape \(9,\); it must be \(8,\)"),
         ({"bias": torch.zeros(9)}, ValueError, r"bias has shape \(9,\); it must be \(8,\)"),
         ({"input_ids": torch.zeros(6, dtype=torch.int64, device="meta")}, ValueError, "input_ids is on meta"),
+        ({"position_ids": torch.zeros(6, dtype=torch.int64, device="meta")}, ValueError, "position_ids is on meta"),
+        ({"token_type_ids": torch.zeros(6, dtype=torch.int64, device="meta")}, ValueError, "token_type_ids is on meta"),
         ({"p": 2.0}, ValueError, "p is 2.0; it must be between 0 and 1"),
         ({"p": 0.5, "seed": torch.tensor([1, 2])}, ValueError, r"seed has shape \(2,\)"),
         ({"padding_idx": 11}, ValueError, "padding_idx is 11; it may be None or -11 to 10, a row of word"),

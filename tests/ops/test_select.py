@@ -186,7 +186,7 @@ def test_who_can_serve_what(op):
     expected = TABLES[op]
     dtypes = (*UP_TO_32_BITS, torch.float64)
     for device, dtype, dropout_p, size in itertools.product(
-        ("cpu", "cuda", "mps"), dtypes, (0.0, 0.1), (8, 12, 128, 136, 256, 264)
+        ("cpu", "cuda", "mps"), dtypes, (0.0, 0.1), (8, 12, 128, 129, 136, 256, 257, 264)
     ):
         request = select.Request(device, dtype, dropout_p, size)
         rows = select.table(op).explain(request)
@@ -200,11 +200,17 @@ def test_every_op_is_in_the_tables():
     assert {row.op for row in select.explain(REQUEST)} == set(OPS) == set(fastbert.ops.__all__)
 
 
-def test_the_extension_s_reason_is_shown(monkeypatch):
-    monkeypatch.setattr(extension, "missing", lambda: "fastbert._C is broken: reinstall")
-    rows = {row.implementation: row for row in select.table("bias_dropout_residual").explain(REQUEST)}
-    assert rows["cpu"].reasons == ("fastbert._C is broken: reinstall",)
-    assert rows["reference"].chosen
+@pytest.mark.parametrize("op", [op for op in OPS if "cpu" in TABLES[op]])
+def test_the_extension_s_reason_is_shown(monkeypatch, op):
+    told = "fastbert._C is broken: reinstall"
+    for name in ("missing", "missing_amx", "missing_simd"):
+        monkeypatch.setattr(extension, name, lambda: told)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = {row.implementation: row for row in select.table(op).explain(select.Request("cpu", dtype))}
+        assert rows["cpu"].reasons == (told,)
+        own = {torch.float32: "simd", torch.bfloat16: "amx"}[dtype]
+        assert own not in rows or rows[own].reasons == (told,)
+        assert rows["reference"].reasons == ()
 
 
 def test_a_gpu_that_the_build_does_not_know(monkeypatch):

@@ -81,10 +81,12 @@ def key_of_other_width(model):
 def keys_of_double_width(model):
     """All columns together are those of four heads."""
     model.encoder.layer[1].attention.self.key = linear(192, 96)
+    model.encoder.layer[1].attention.output.dense = linear(96, 128)
 
 
 def values_of_double_width(model):
     model.encoder.layer[1].attention.self.value = linear(192, 96)
+    model.encoder.layer[1].attention.output.dense = linear(96, 128)
 
 
 def sliced_intermediate(model):

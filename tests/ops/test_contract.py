@@ -428,10 +428,10 @@ def test_the_first_result_alone_has_a_gradient(maker):
 def test_nothing_is_kept_where_there_is_no_backward(name):
     problem = problems.MAKERS[name]()
     for impl in problem.implementations():
-        for needed in (False, True):
-            leaves = {key: x.clone().requires_grad_(needed) for key, x in problem.tensors.items()}
-            with torch.set_grad_enabled(needed), Recorder() as recorder:
+        for differentiated, asked in ((False, True), (True, False), (True, True)):
+            leaves = {key: x.clone().requires_grad_(asked) for key, x in problem.tensors.items()}
+            with torch.set_grad_enabled(differentiated), Recorder() as recorder:
                 problem.actual(**leaves, impl=impl)
             function, arguments = recorder.calls[0]
             kept = function(*_leaves(arguments, requires_grad=False))[1:]
-            assert any(x.numel() for x in kept) == needed
+            assert any(x.numel() for x in kept) == (differentiated and asked)

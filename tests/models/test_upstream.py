@@ -214,18 +214,6 @@ def test_a_keyword_that_attention_reads_goes_the_padded_way(name):
     assert fast.route == f"{name} is given, which only the padded way serves"
 
 
-@pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_both_names_of_the_cache(name):
-    reference, fast = twins.twins("BertLMHeadModel", is_decoder=True, pad_token_id=0)
-    ids = twins.batch(3, 12, "none")["input_ids"]
-    with torch.no_grad():
-        cache = fast.bert(ids[:, :7], use_cache=True)[1 if fast.bert.pooler is None else 2]
-        assert cache.get_seq_length() == 7
-        states = fast.bert(ids[:, 7:], **{name: cache}).last_hidden_state
-        expected = reference.bert(ids).last_hidden_state[:, 7:]
-    torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
-
-
 def test_arguments_by_place():
     reference, fast = twins.twins(is_decoder=True, add_cross_attention=True)
     inputs = twins.batch()

@@ -1,5 +1,4 @@
 # demo | test | lint | sanitize | bench: each sets up what it needs in .venv, at the versions in requirements/lock.txt.
-#   test is lint and passes, the tests as they are and the kernels in Triton's interpreter.
 # test-versions: tests with the oldest supported and the newest transformers, torch and Triton; ONLY names some.
 # lock: renews those versions; HOLD names the packages that keep theirs.
 # gpu: builds for, and tests on, the GPUs of a machine whose PYTHON has torch; needs no network.
@@ -36,16 +35,12 @@ TRITON := requirements/triton.txt
 INSTALL := $(BIN)/python -m pip install --quiet --constraint $(LOCK) --build-constraint $(LOCK)
 SOURCES := pyproject.toml CMakeLists.txt $(LOCK) $(TRITON) $(shell find csrc -type f)
 
-.PHONY: demo test passes test-versions lint sanitize bench lock gpu gpu-kit clean
+.PHONY: demo test test-versions lint sanitize bench lock gpu gpu-kit clean
 
 demo: $(DEMO)
 	$(BIN)/fastbert compare
 
-# Types are checked by one process, which would leave the other cores idle.
-test:
-	$(MAKE) --no-print-directory --jobs=2 lint passes
-
-passes: $(READY)
+test: lint
 	$(PYTEST) --dist=loadfile --no-loadscope-reorder tests
 	TRITON_INTERPRET=1 $(PYTEST) --dist=worksteal tests/ops tests/models/test_kernels.py tests/models/test_encoder_inference.py
 

@@ -29,7 +29,8 @@ FOR_THIS_GPU := -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native
 GPU_BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 && echo $(FOR_THIS_GPU))
 DEMO_BUILD = $(or $(GPU_BUILD),-C cmake.define.FASTBERT_CUDA=OFF)
 # As many processes as cores; those that they start have a thread each, and threads that wait leave the core to others.
-PYTEST := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8
+# What `make --jobs` says to its own programs isn't for the builds among the tests.
+PYTEST := MAKEFLAGS= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8
 LOCK := requirements/lock.txt
 TRITON := requirements/triton.txt
 INSTALL := $(BIN)/python -m pip install --quiet --constraint $(LOCK) --build-constraint $(LOCK)

@@ -28,11 +28,9 @@ KIT_READY := $(KIT)/venv/ready
 FOR_THIS_GPU := -C cmake.define.CMAKE_CUDA_ARCHITECTURES=native
 GPU_BUILD = $(shell nvidia-smi -L >/dev/null 2>&1 && echo $(FOR_THIS_GPU))
 DEMO_BUILD = $(or $(GPU_BUILD),-C cmake.define.FASTBERT_CUDA=OFF)
-# Processes that tests start have a thread each, and threads that wait leave the core to others. What `make --jobs` says
-# to its own programs isn't for the builds among the tests.
-PYTEST := MAKEFLAGS= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --maxprocesses=8
-# Some tests wait, for servers and for processes of their own: half as many processes again as cores.
-HALF_AS_MANY_AGAIN = $(shell expr 3 \* $$(getconf _NPROCESSORS_ONLN) / 2)
+# As many processes as cores; those that they start have a thread each, and threads that wait leave the core to others.
+# What `make --jobs` says to its own programs isn't for the builds among the tests.
+PYTEST := MAKEFLAGS= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8
 LOCK := requirements/lock.txt
 TRITON := requirements/triton.txt
 INSTALL := $(BIN)/python -m pip install --quiet --constraint $(LOCK) --build-constraint $(LOCK)
@@ -44,9 +42,8 @@ demo: $(DEMO)
 	$(BIN)/fastbert compare
 
 test: lint
-	$(PYTEST) --numprocesses=$(HALF_AS_MANY_AGAIN) --dist=loadfile --no-loadscope-reorder tests
-	TRITON_INTERPRET=1 $(PYTEST) --numprocesses=auto --dist=worksteal tests/ops tests/models/test_kernels.py \
-		tests/models/test_encoder_inference.py
+	$(PYTEST) --dist=loadfile --no-loadscope-reorder tests
+	TRITON_INTERPRET=1 $(PYTEST) --dist=worksteal tests/ops tests/models/test_kernels.py tests/models/test_encoder_inference.py
 
 test-versions: $(READY)
 	$(BIN)/python tests/versions.py $(addprefix --only ,$(ONLY))

@@ -502,3 +502,14 @@ def test_layers_are_one_function_after_attention(monkeypatch, training, weights,
     fast = twins.twins()[1].train(training).requires_grad_(weights)
     fast(inputs_embeds=torch.randn(2, 7, 64, requires_grad=states))
     assert len(calls) == expected
+
+
+def test_gradients_of_weights_alone():
+    """Where the embeddings are frozen, the states of the first layer need none."""
+    found = []
+    inputs = twins.batch()
+    for model in twins.twins(hidden_size=96, num_attention_heads=3, intermediate_size=160):
+        model.embeddings.requires_grad_(False)
+        model(**inputs).last_hidden_state[twins.valid(inputs)].square().sum().backward()
+        found.append(model.encoder.layer[0].intermediate.dense.weight.grad)
+    torch.testing.assert_close(*found, atol=1e-5 * float(found[0].abs().max()), rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Ways into fastbert from code that doesn't import it: accelerate, patch, the attention interface; and explain."""
+"""Ways into fastbert from code that doesn't import it: accelerate and patch."""
 
 import copy
 import inspect
@@ -16,14 +16,11 @@ from transformers.models import bert as hf_package
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert.backends import host_linear
-from fastbert.models import bert, interface, layers, upstream
+from fastbert.models import bert, layers
 
 ALL_MODELS = ("BertModel", "BertLMHeadModel", *twins.HEADS)
 # transformers makes its top module anew while it is imported; those who imported it early hold another one.
 NAMESPACES = (transformers, sys.modules["transformers"], hf_package, hf)
-# Who multiplies by prepacked weights in float32.
-PREPACKED = ("onednn" if host_linear.missing(torch.float32) else "extension") + " prepacked"
 
 
 def some_batch(name):
@@ -330,121 +327,6 @@ def test_stock_models_made_before_a_patch_stay_stock(before):
         assert torch.equal(copied(**inputs).logits, expected)
 
 
-def run_interface(model, inputs, **changes):
-    """States of a model with its attention by fastbert, and the number of calls of the op."""
-    calls = []
-    attention = fastbert.ops.attention
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fastbert.ops, "attention", lambda *args, **kwargs: calls.append(1) or attention(*args, **kwargs))
-        model.set_attn_implementation("fastbert")
-        states = model(**inputs, **changes).last_hidden_state
-    return states, len(calls)
-
-
-@pytest.mark.parametrize("kind", ["none", "full", "right", "left", "holes"])
-def test_attention_interface_of_a_stock_bert(kind):
-    reference, fast = twins.twins()
-    stock = hf.BertModel(twins.config(attn_implementation="fastbert")).eval()
-    stock.load_state_dict(reference.state_dict())
-    inputs = twins.batch(kind=kind)
-    where = twins.valid(inputs)
-    with torch.no_grad():
-        expected = reference(**inputs).last_hidden_state
-        actual, calls = run_interface(stock, inputs)
-        own = fast(**inputs).last_hidden_state
-    assert calls == 2
-    torch.testing.assert_close(actual[where], expected[where], atol=1e-5, rtol=0)
-    torch.testing.assert_close(actual[where], own[where], atol=1e-5, rtol=0)
-    if kind == "right":
-        with torch.no_grad():
-            ignored = stock(inputs["input_ids"], token_type_ids=inputs["token_type_ids"]).last_hidden_state
-        assert not torch.allclose(ignored[where], expected[where], atol=1e-2)
-
-
-def test_gradients_through_the_attention_interface():
-    inputs = twins.batch()
-    found = []
-    for implementation in ("sdpa", "fastbert"):
-        model = twins.twins()[0].double().train()
-        model.set_attn_implementation(implementation)
-        model(**inputs).last_hidden_state[twins.valid(inputs)].square().sum().backward()
-        found.append({path: p.grad for path, p in model.named_parameters() if p.grad is not None})
-    for path, gradient in found[0].items():
-        torch.testing.assert_close(found[1][path], gradient, atol=1e-8, rtol=1e-8)
-
-
-TINY = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-
-
-@pytest.mark.parametrize(
-    ("build", "calls"),
-    [
-        (lambda: transformers.RobertaModel(transformers.RobertaConfig(**TINY, pad_token_id=0)), 2),
-        (
-            lambda: transformers.DistilBertModel(
-                transformers.DistilBertConfig(vocab_size=101, dim=32, n_layers=2, n_heads=4, hidden_dim=48)
-            ),
-            2,
-        ),
-        # Causal attention, and fewer heads of keys than of queries: torch's own attention serves them.
-        (lambda: transformers.LlamaModel(transformers.LlamaConfig(**TINY, num_key_value_heads=2)), 0),
-        (lambda: hf.BertModel(twins.config(is_decoder=True)), 0),
-    ],
-    ids=["roberta", "distilbert", "llama", "decoder"],
-)
-@pytest.mark.parametrize("kind", ["none", "right"])
-def test_attention_interface_of_other_models(build, calls, kind):
-    model = build().eval()
-    inputs = twins.batch(kind=kind)
-    where = twins.valid(inputs)
-    del inputs["token_type_ids"]
-    with torch.no_grad():
-        model.set_attn_implementation("sdpa")
-        expected = model(**inputs).last_hidden_state
-        actual, made = run_interface(model, inputs)
-    assert made == calls
-    torch.testing.assert_close(actual[where], expected[where], atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("is_causal", [None, False, True])
-@pytest.mark.parametrize("mask", ["none", "2-D", "4-D"])
-@pytest.mark.parametrize(
-    "other", ["module", "more keys", "fewer keys", "narrow values", "wide values", "position_bias"]
-)
-def test_attention_interface_equals_torch_s(other, mask, is_causal):
-    """With keys of another length or values of another width, or in a module that says nothing of itself."""
-    query, key, value = (torch.randn(2, 3, 5, 8) for _ in range(3))
-    if other.endswith("keys"):
-        key, value = torch.randn(2, 2, 3, 7 if other == "more keys" else 4, 8)
-    if other.endswith("values"):
-        value = torch.randn(2, 3, 5, 4 if other == "narrow values" else 12)
-    keys = key.shape[2]
-    attend = torch.arange(keys) < torch.tensor([[keys], [3]])
-    given = {"none": None, "2-D": attend, "4-D": attend[:, None, None, :].expand(2, 1, 5, keys)}[mask]
-    wide = None if given is None else attend[:, None, None, :].expand(2, 1, 5, keys)
-    more = {"is_causal": is_causal, "scaling": 0.3}
-    if other == "position_bias":
-        more["position_bias"] = torch.randn(1, 3, 5, 5)
-    module = nn.Module()
-    expected, _ = upstream.sdpa_attention_forward(module, query, key, value, wide, **more)
-    found, _ = interface.attention(module, query, key, value, given, **more)
-    where = attend if mask == "2-D" and keys == 5 else torch.ones(2, 5, dtype=torch.bool)
-    torch.testing.assert_close(found[where], expected[where], atol=1e-6, rtol=1e-5)
-
-
-def test_nothing_is_registered_where_transformers_has_no_such_interface(monkeypatch):
-    def fail(name, function):
-        raise AssertionError(name)
-
-    for registry in (upstream.AttentionInterface, upstream.AttentionMaskInterface):
-        monkeypatch.setattr(registry, "register", fail)
-    monkeypatch.setattr(upstream, "HAS_INTERFACE", False)
-    interface.register()
-    monkeypatch.setattr(upstream, "HAS_INTERFACE", True)
-    with pytest.raises(AssertionError, match="fastbert"):
-        interface.register()
-
-
 @pytest.mark.parametrize("implementation", ["sdpa", "fastbert"])
 def test_implementations_that_are_packed(implementation):
     fast = twins.twins(attn_implementation=implementation)[1]
@@ -467,94 +349,6 @@ def test_explicit_eager_attention_is_honoured():
     assert fast.route == "attn_implementation='eager' was asked for"
 
 
-def rows_of(model, part):
-    return [row for row in fastbert.explain(model) if row.part == part]
-
-
-def test_explain_is_data_and_text(capsys):
-    fast = twins.twins("BertForMaskedLM")[1]
-    rows = fastbert.explain(fast)
-    printed = capsys.readouterr().out
-    for row in rows:
-        assert all(isinstance(field, str) for field in (row.path, row.part, row.implementation, row.reason))
-        assert row.implementation in printed
-        assert row.part in printed
-        # Long sentences are wrapped.
-        assert row.reason.split()[0] in printed
-    title, _, headings, *_ = printed.splitlines()
-    assert title.strip() == "fastbert.explain"
-    assert headings.replace("┃", " ").split() == ["path", "part", "implementation", "why"]
-    by_part = {row.part: row.implementation for row in rows}
-    assert by_part["layout"] == "packed"
-    assert by_part["embeddings"].startswith("ops.embedding_layer_norm: ")
-    assert by_part["attention"].startswith("ops.attention: ")
-    assert by_part["query, key, value"] == PREPACKED
-    # For each of two layers: projections, attention, attention output, output, intermediate; and whether in one call.
-    assert sum(".encoder.layer." in row.path for row in rows) == 2 * 6
-    assert "last forward" not in by_part
-
-
-def test_explain_tells_of_prepacked_weights():
-    fast = twins.twins()[1]
-    found = {row.part: (row.implementation, row.reason) for row in fastbert.explain(fast)}
-    assert found["query, key, value"] == (PREPACKED, "one product")
-    for part in ("dense, GELU", "dense, dropout, residual, LayerNorm"):
-        # An intermediate size of 148 is none of the extension's.
-        assert found[part] == ("onednn prepacked", "post-operation in the product")
-    query = fast.encoder.layer[0].attention.self.query
-    query.weight.data = query.weight.data.t()
-    first, second = ((row.implementation, row.reason) for row in rows_of(fast, "query, key, value"))
-    assert first == ("torch linear", "a weight isn't contiguous")
-    assert second == (PREPACKED, "one product")
-    found = {row.part: row.implementation for row in fastbert.explain(fast.train())}
-    assert found["query, key, value"] == "torch linear"
-    assert found["dense, GELU"].startswith("ops.linear_gelu: ")
-    assert found["dense, dropout, residual, LayerNorm"].startswith("ops.bias_dropout_residual_layer_norm: ")
-
-
-def test_explain_shows_the_rows_once():
-    """A notebook shows what the last line returns; so does a prompt."""
-    rows = fastbert.explain(twins.twins()[1])
-    assert repr(rows) == f"<explanation of {len(rows)} parts>"
-    assert rows._ipython_display_() is None
-
-
-def test_explain_shows_brackets(capsys, monkeypatch):
-    told = "Triton can't be imported: `pip install '.[gpu]'`"
-    monkeypatch.setattr(layers, "unserved", lambda x: told)
-    fastbert.explain(twins.twins()[1])
-    assert told in capsys.readouterr().out
-
-
-def test_explain_tells_of_this_device_alone():
-    rows = fastbert.explain(twins.twins()[1])
-    assert not [row for row in rows if "it runs on cuda" in row.reason]
-    (row,) = {row.reason for row in rows_of(twins.twins(hidden_dropout_prob=0.1)[1].half(), "attention")}
-    assert "it computes in" in row
-
-
-def test_explain_tells_of_one_call_alone():
-    sizes = {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 160}
-    fast = twins.twins(**sizes)[1]
-    if fast.encoder.layer[0].divided(torch.zeros(1, 96)):
-        pytest.skip("this processor has no kernels for a layer in one call")
-    rows = [row for row in fastbert.explain(fast) if ".encoder." in row.path]
-    assert [(row.path, row.part, row.implementation) for row in rows] == [
-        (f"model.encoder.layer.{index}", "its parts", "one call") for index in range(2)
-    ]
-
-
-@pytest.mark.parametrize("model_class", [hf.BertModel, transformers.RobertaModel, transformers.BertForMaskedLM])
-def test_explain_tells_of_attention_by_name(model_class):
-    config = twins.config() if "Bert" in model_class.__name__[:4] else transformers.RobertaConfig(
-        vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
-    )  # fmt: skip
-    config._attn_implementation = "fastbert"
-    rows = rows_of(model_class(config).eval(), "attention")
-    assert len(rows) == 1
-    assert rows[0].implementation.startswith("ops.attention: ")
-
-
 def test_accelerate_warns_where_it_fused_nothing():
     model = nn.Sequential(nn.Linear(2, 2))
     told = r"nothing was fused: model holds no BERT of Hugging Face's to fuse; it is Sequential \(Sequential\)"
@@ -564,65 +358,6 @@ def test_accelerate_warns_where_it_fused_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fastbert.accelerate(fastbert.accelerate(twins.twins("BertForMaskedLM")[0]))
-
-
-def test_explain_tells_of_training():
-    fast = twins.twins(hidden_dropout_prob=0.1)[1].train()
-    by_part = {row.part: row for row in fastbert.explain(fast)}
-    assert by_part["query, key, value"].implementation == "torch linear"
-    assert by_part["query, key, value"].reason == "gradients are needed, and a prepacked weight has none"
-    assert by_part["dense, GELU"].implementation.startswith("ops.linear_gelu: ")
-
-
-def test_explain_tells_of_the_last_forward():
-    fast = twins.twins()[1]
-    fast(**twins.batch())
-    (row,) = rows_of(fast, "last forward")
-    assert (row.implementation, row.reason) == ("packed", "")
-    fast(**twins.batch(kind="left"))
-    (row,) = rows_of(fast, "last forward")
-    assert (row.implementation, row.reason) == ("padded", fast.route)
-    assert "padded positions" in row.reason
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"attn_implementation": "eager"}, "attn_implementation='eager' was asked for"),
-        ({"is_decoder": True}, "the model is a decoder, which attends to the past only"),
-    ],
-)
-def test_explain_tells_why_a_model_is_padded(changes, reason):
-    fast = twins.twins(**changes)[1]
-    by_part = {row.part: row for row in fastbert.explain(fast)}
-    assert (by_part["layout"].implementation, by_part["layout"].reason) == ("padded", reason)
-    # The padded way computes these as Hugging Face does.
-    for part in ("embeddings", "query, key, value", "attention"):
-        assert by_part[part].reason == reason
-        assert not by_part[part].implementation.startswith(("ops.", "onednn"))
-
-
-def test_explain_names_what_is_not_fused():
-    fast = twins.twins(hidden_act="relu")[1]
-    fast.encoder.layer[0].attention.self.key = nn.Sequential(fast.encoder.layer[0].attention.self.key)
-    by_path = {(row.path, row.part): row for row in fastbert.explain(fast)}
-    row = by_path["model.encoder.layer.0.intermediate", "dense, GELU"]
-    assert (row.implementation, "not of the GELU family" in row.reason) == ("Hugging Face", True)
-    row = by_path["model.encoder.layer.0.attention.self", "query, key, value"]
-    assert (row.implementation, "key: it is a" in row.reason) == ("modules, one by one", True)
-    assert by_path["model.encoder.layer.1.attention.self", "query, key, value"].implementation == PREPACKED
-
-
-def test_explain_models_that_are_not_fused():
-    (row,) = fastbert.explain(nn.Linear(2, 2))
-    assert (row.part, row.implementation) == ("Linear", "unchanged")
-    (row,) = fastbert.explain(twins.twins("BertForMaskedLM")[0])
-    assert (row.path, row.implementation) == ("bert", "Hugging Face")
-    assert "fastbert.accelerate" in row.reason
-    stock = twins.twins()[0]
-    with fastbert.patched():
-        (row,) = fastbert.explain(stock)
-    assert row.implementation == "Hugging Face"
 
 
 def test_public_names():

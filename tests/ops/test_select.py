@@ -256,7 +256,7 @@ def test_the_capability_of_the_device(monkeypatch, capability):
 
 @pytest.mark.parametrize("value", ["1", "true", "True", "on", "YES", "y", "", "0", "false", "off", "no", "n", "2"])
 def test_the_interpreter_is_asked_for_as_triton_understands_it(monkeypatch, value):
-    knobs = pytest.importorskip("triton.knobs", reason="Triton is not installed, or one before 3.4")
+    knobs = pytest.importorskip("triton.knobs", reason="Triton is not installed")
     monkeypatch.setenv("TRITON_INTERPRET", value)
     assert select._is_on(value) == knobs.getenv_bool("TRITON_INTERPRET", False)
 

@@ -1,0 +1,162 @@
+"""``explain``: which implementation each part uses and why, as data and as text."""
+
+import pytest
+import torch
+import transformers
+from models import twins
+from torch import nn
+from transformers.models.bert import modeling_bert as hf
+
+import fastbert
+from fastbert.backends import host_linear
+from fastbert.models import layers
+
+# Who multiplies by prepacked weights in float32.
+PREPACKED = ("onednn" if host_linear.missing(torch.float32) else "extension") + " prepacked"
+
+
+def rows_of(model, part):
+    return [row for row in fastbert.explain(model) if row.part == part]
+
+
+def test_explain_is_data_and_text(capsys):
+    fast = twins.twins("BertForMaskedLM")[1]
+    rows = fastbert.explain(fast)
+    printed = capsys.readouterr().out
+    for row in rows:
+        assert all(isinstance(field, str) for field in (row.path, row.part, row.implementation, row.reason))
+        assert row.implementation in printed
+        assert row.part in printed
+        # Long sentences are wrapped.
+        assert row.reason.split()[0] in printed
+    title, _, headings, *_ = printed.splitlines()
+    assert title.strip() == "fastbert.explain"
+    assert headings.replace("┃", " ").split() == ["path", "part", "implementation", "why"]
+    by_part = {row.part: row.implementation for row in rows}
+    assert by_part["layout"] == "packed"
+    assert by_part["embeddings"].startswith("ops.embedding_layer_norm: ")
+    assert by_part["attention"].startswith("ops.attention: ")
+    assert by_part["query, key, value"] == PREPACKED
+    # For each of two layers: projections, attention, attention output, output, intermediate; and whether in one call.
+    assert sum(".encoder.layer." in row.path for row in rows) == 2 * 6
+    assert "last forward" not in by_part
+
+
+def test_explain_tells_of_prepacked_weights():
+    fast = twins.twins()[1]
+    found = {row.part: (row.implementation, row.reason) for row in fastbert.explain(fast)}
+    assert found["query, key, value"] == (PREPACKED, "one product")
+    for part in ("dense, GELU", "dense, dropout, residual, LayerNorm"):
+        # An intermediate size of 148 is none of the extension's.
+        assert found[part] == ("onednn prepacked", "post-operation in the product")
+    query = fast.encoder.layer[0].attention.self.query
+    query.weight.data = query.weight.data.t()
+    first, second = ((row.implementation, row.reason) for row in rows_of(fast, "query, key, value"))
+    assert first == ("torch linear", "a weight isn't contiguous")
+    assert second == (PREPACKED, "one product")
+    found = {row.part: row.implementation for row in fastbert.explain(fast.train())}
+    assert found["query, key, value"] == "torch linear"
+    assert found["dense, GELU"].startswith("ops.linear_gelu: ")
+    assert found["dense, dropout, residual, LayerNorm"].startswith("ops.bias_dropout_residual_layer_norm: ")
+
+
+def test_explain_shows_the_rows_once():
+    """A notebook shows what the last line returns; so does a prompt."""
+    rows = fastbert.explain(twins.twins()[1])
+    assert repr(rows) == f"<explanation of {len(rows)} parts>"
+    assert rows._ipython_display_() is None
+
+
+def test_explain_shows_brackets(capsys, monkeypatch):
+    told = "Triton can't be imported: `pip install '.[gpu]'`"
+    monkeypatch.setattr(layers, "unserved", lambda x: told)
+    fastbert.explain(twins.twins()[1])
+    assert told in capsys.readouterr().out
+
+
+def test_explain_tells_of_this_device_alone():
+    rows = fastbert.explain(twins.twins()[1])
+    assert not [row for row in rows if "it runs on cuda" in row.reason]
+    (row,) = {row.reason for row in rows_of(twins.twins(hidden_dropout_prob=0.1)[1].half(), "attention")}
+    assert "it computes in" in row
+
+
+def test_explain_tells_of_one_call_alone():
+    sizes = {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 160}
+    fast = twins.twins(**sizes)[1]
+    if fast.encoder.layer[0].divided(torch.zeros(1, 96)):
+        pytest.skip("this processor has no kernels for a layer in one call")
+    rows = [row for row in fastbert.explain(fast) if ".encoder." in row.path]
+    assert [(row.path, row.part, row.implementation) for row in rows] == [
+        (f"model.encoder.layer.{index}", "its parts", "one call") for index in range(2)
+    ]
+
+
+@pytest.mark.parametrize("model_class", [hf.BertModel, transformers.RobertaModel, transformers.BertForMaskedLM])
+def test_explain_tells_of_attention_by_name(model_class):
+    config = twins.config() if "Bert" in model_class.__name__[:4] else transformers.RobertaConfig(
+        vocab_size=50, hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64
+    )  # fmt: skip
+    config._attn_implementation = "fastbert"
+    rows = rows_of(model_class(config).eval(), "attention")
+    assert len(rows) == 1
+    assert rows[0].implementation.startswith("ops.attention: ")
+
+
+def test_explain_tells_of_training():
+    fast = twins.twins(hidden_dropout_prob=0.1)[1].train()
+    by_part = {row.part: row for row in fastbert.explain(fast)}
+    assert by_part["query, key, value"].implementation == "torch linear"
+    assert by_part["query, key, value"].reason == "gradients are needed, and a prepacked weight has none"
+    assert by_part["dense, GELU"].implementation.startswith("ops.linear_gelu: ")
+
+
+def test_explain_tells_of_the_last_forward():
+    fast = twins.twins()[1]
+    fast(**twins.batch())
+    (row,) = rows_of(fast, "last forward")
+    assert (row.implementation, row.reason) == ("packed", "")
+    fast(**twins.batch(kind="left"))
+    (row,) = rows_of(fast, "last forward")
+    assert (row.implementation, row.reason) == ("padded", fast.route)
+    assert "padded positions" in row.reason
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"attn_implementation": "eager"}, "attn_implementation='eager' was asked for"),
+        ({"is_decoder": True}, "the model is a decoder, which attends to the past only"),
+    ],
+)
+def test_explain_tells_why_a_model_is_padded(changes, reason):
+    fast = twins.twins(**changes)[1]
+    by_part = {row.part: row for row in fastbert.explain(fast)}
+    assert (by_part["layout"].implementation, by_part["layout"].reason) == ("padded", reason)
+    # The padded way computes these as Hugging Face does.
+    for part in ("embeddings", "query, key, value", "attention"):
+        assert by_part[part].reason == reason
+        assert not by_part[part].implementation.startswith(("ops.", "onednn"))
+
+
+def test_explain_names_what_is_not_fused():
+    fast = twins.twins(hidden_act="relu")[1]
+    fast.encoder.layer[0].attention.self.key = nn.Sequential(fast.encoder.layer[0].attention.self.key)
+    by_path = {(row.path, row.part): row for row in fastbert.explain(fast)}
+    row = by_path["model.encoder.layer.0.intermediate", "dense, GELU"]
+    assert (row.implementation, "not of the GELU family" in row.reason) == ("Hugging Face", True)
+    row = by_path["model.encoder.layer.0.attention.self", "query, key, value"]
+    assert (row.implementation, "key: it is a" in row.reason) == ("modules, one by one", True)
+    assert by_path["model.encoder.layer.1.attention.self", "query, key, value"].implementation == PREPACKED
+
+
+def test_explain_models_that_are_not_fused():
+    (row,) = fastbert.explain(nn.Linear(2, 2))
+    assert (row.part, row.implementation) == ("Linear", "unchanged")
+    (row,) = fastbert.explain(twins.twins("BertForMaskedLM")[0])
+    assert (row.path, row.implementation) == ("bert", "Hugging Face")
+    assert "fastbert.accelerate" in row.reason
+    stock = twins.twins()[0]
+    with fastbert.patched():
+        (row,) = fastbert.explain(stock)
+    assert row.implementation == "Hugging Face"

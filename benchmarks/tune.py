@@ -48,6 +48,12 @@ FEW = (
     ("attention_forward", "16 bits, D <= 64, S <= 128"),
     ("attention_backward", "16 bits, D <= 64, S <= 128"),
     ("linear_gelu_persistent", "16 bits"),
+    ("attention_forward", "32 bits, D <= 64, long"),
+    ("attention_forward", "32 bits, D <= 64, long, dropout"),
+    ("attention_backward_dq", "32 bits, D <= 64, long"),
+    ("attention_backward_dq", "32 bits, D <= 64, long, dropout"),
+    ("attention_backward_dkv", "32 bits, D <= 64, long"),
+    ("attention_backward_dkv", "32 bits, D <= 64, long, dropout"),
 )
 
 Options = dict[str, int]
@@ -94,14 +100,17 @@ _FORWARD_LONG = {
         (128, 64, 8, 3), (128, 64, 4, 3), (128, 64, 8, 2), (128, 128, 8, 2), (128, 64, 4, 2), (128, 32, 4, 3),
         (128, 32, 8, 3), (64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 3), (64, 32, 4, 2), (64, 64, 8, 2), (64, 32, 8, 2)
     ),
-    32: _ATTENTION((64, 32, 4, 2), (64, 16, 4, 2), (64, 16, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2), (32, 16, 4, 2),
+    32: _ATTENTION((64, 64, 4, 1), (64, 32, 4, 3), (64, 32, 4, 2), (64, 16, 4, 2), (64, 16, 8, 2), (32, 32, 4, 2),
+                   (32, 32, 8, 2), (32, 16, 4, 2),
                    (32, 16, 8, 2), (16, 16, 4, 2), (16, 16, 8, 2)),
 }  # fmt: skip
 # The block that stays is [BLOCK_M] queries for dq and [BLOCK_N] keys for dk and dv.
 _BACKWARD_LONG = {
     16: ((128, 64, 8, 3), (64, 64, 4, 3), (128, 32, 8, 3), (64, 32, 4, 3), (128, 64, 8, 2), (128, 32, 8, 2),
          (64, 64, 8, 2), (64, 64, 4, 2), (64, 32, 4, 2), (64, 32, 8, 2), (32, 32, 4, 2), (32, 32, 8, 2)),
-    32: ((32, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2), (32, 16, 4, 2), (16, 32, 8, 2), (16, 32, 4, 2),
+    # From 64 on wgmma can be used, which takes split operands from shared memory, not from registers.
+    32: ((128, 32, 8, 1), (128, 16, 8, 1), (64, 32, 8, 2), (64, 32, 8, 1), (64, 16, 4, 2), (64, 16, 4, 1),
+         (32, 32, 8, 2), (32, 32, 4, 2), (32, 16, 8, 2), (32, 16, 4, 2), (16, 32, 8, 2), (16, 32, 4, 2),
          (16, 16, 4, 2), (16, 16, 8, 2)),
 }  # fmt: skip
 _DTYPES = {16: torch.bfloat16, 32: torch.float32}
@@ -264,9 +273,9 @@ def with_options(target: Target, options: Options) -> Any:
     return mock.patch.object(launch, "options", patched)
 
 
-def _valid(job: tuple[int, Options, int]) -> bool:
+def _valid(job: tuple[int, Options, int, int]) -> bool:
     """Whether the configuration compiles within the limits of the capability wherever its class is launched."""
-    index, options, capability = job
+    index, options, capability, spills = job
     target = targets()[index]
     with with_options(target, options):
         found = kernels.launches(target.op, target.calls, capability)
@@ -274,7 +283,7 @@ def _valid(job: tuple[int, Options, int]) -> bool:
         if one.kernel != target.function:
             continue
         report = kernels.compile_launch(one, capability)
-        if report.stack > 0 or report.shared > kernels.LIMITS[capability].shared_block:
+        if report.stack > spills or report.shared > kernels.LIMITS[capability].shared_block:
             return False
         if report.blocks < options.get("PROGRAMS", 1):
             return False
@@ -352,6 +361,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, action="append", choices=kernels.CAPABILITIES)
     parser.add_argument("--target", action="append", default=[], metavar="KERNEL[: SHAPE CLASS]")
+    parser.add_argument("--spills", type=int, default=0, help="the most bytes that a thread may spill")
     args = parser.parse_args()
     chosen = {
         name: [index for index, one in enumerate(targets()) if name in (one.kernel, f"{one.kernel}: {one.shape_class}")]
@@ -369,19 +379,19 @@ def main() -> None:
         for index in indices:
             target = targets()[index]
             for capability in sorted(one for one in capabilities if one >= target.lowest):
-                _choose(table, index, target, capability, measured, pool)
+                _choose(table, index, target, capability, measured, pool, args.spills)
                 write(table)
     if measured and any(targets()[index].op == "linear_gelu" for index in indices):
         measure_routes(by_shape.MEASURED, capabilities[0])
 
 
-def _choose(table: Any, index: int, target: Target, capability: int, measured: bool, pool: Any) -> None:
+def _choose(table: Any, index: int, target: Target, capability: int, measured: bool, pool: Any, spills: int) -> None:
     entries = table[target.kernel][target.shape_class]
     present = entries.get(str(capability))
     candidates = list(target.candidates)
     if present is not None:
         candidates = [present, *(x for x in candidates if x != present)]
-    jobs = [(index, options, capability) for options in candidates]
+    jobs = [(index, options, capability, spills) for options in candidates]
     if measured:
         valid = [x for x, fits in zip(candidates, pool.map(_valid, jobs), strict=True) if fits]
         times = {i: _seconds(target, options) for i, options in enumerate(valid)}

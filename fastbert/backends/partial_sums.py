@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends.launch import fused
-from fastbert.backends.triton_utils import jit
+from fastbert.backends.launcher import Launcher
+from fastbert.backends.triton_utils import ceil_div, jit
 
-_ROWS, _COLUMNS, _WARPS = 256, 32, 8
+_COLUMNS = 32
+_OPTIONS = fused({"ROWS": 256, "COLUMNS": _COLUMNS, "num_warps": 8})
 
 
 @jit(do_not_specialize=["rows"])
@@ -34,6 +35,9 @@ def add_partials_kernel(
         tl.store(second_ptr + column, sums, mask=inside)
 
 
+_launch = Launcher(add_partials_kernel)
+
+
 def add_partials(partial: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The sums over the middle dimension of float32 ``[1 or 2, rows, columns]``: ``[columns]`` each, in ``dtype``.
 
@@ -41,8 +45,9 @@ def add_partials(partial: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """
     sums = [partial.new_empty(partial.shape[2], dtype=dtype) for _ in range(partial.shape[0])]
     if partial.shape[2] > 0:
-        add_partials_kernel[(triton.cdiv(partial.shape[2], _COLUMNS), partial.shape[0])](
-            partial, sums[0], sums[-1], partial.shape[1], partial.shape[2],
-            **fused({"ROWS": _ROWS, "COLUMNS": _COLUMNS, "num_warps": _WARPS}),
-        )  # fmt: skip
+        _launch(
+            (ceil_div(partial.shape[2], _COLUMNS), partial.shape[0]),
+            (partial, sums[0], sums[-1], partial.shape[1], partial.shape[2]),
+            _OPTIONS,
+        )
     return tuple(sums)

@@ -262,8 +262,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
-def dot_precision() -> str:
+def dot_precision(dtype: torch.dtype) -> str:
     """How ``dot`` multiplies float32: by "tf32" where torch allows it in matrix products, otherwise by "tf32x3".
+
+    In 16 bits it makes no difference, and the answer is always the same, so that nothing is compiled twice.
 
     The latter splits each number into two of TF32, which differ from it by at most half a unit of its last place, and
     adds up three of their four products on the tensor cores (Ootomo and Yokota, arXiv:2203.03341). Products that aren't
@@ -271,16 +273,28 @@ def dot_precision() -> str:
     """
     if interpreted():
         return "interpreted"
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "tf32x3"
 
 
+def ceil_div(count: int, size: int) -> int:
+    """How many blocks of ``size`` hold ``count`` elements. Triton's own is for kernels, and slow on the host."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The least power of two that isn't below ``count``, which is 1 at least."""
+    return 1 << (count - 1).bit_length()
+
+
+@functools.cache
 def pieces(size: int) -> tuple[int, int]:
     """Two powers of two that cover ``size`` with few to spare, the larger one first and none beyond: 768 as 512, 256.
 
     The second is 0 where the first covers all.
     """
-    first = triton.next_power_of_2(size + 1) // 2
-    return first, triton.next_power_of_2(size - first) if size > first else 0
+    first = next_power_of_2(size + 1) // 2
+    return first, next_power_of_2(size - first) if size > first else 0
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert.backends import philox
-from fastbert.models import encoder_inference, inputs, joined, layers, packing, upstream
+from fastbert.models import encoder_inference, encoder_plan, inputs, joined, layers, packing, upstream
 from fastbert.models.snapshot import Snapshot
 
 PACKED = "packed"
@@ -185,11 +185,14 @@ class BertModel(_FromSafetensors, hf.BertModel):
             packing=packed,
             seed=None if seeds is None else seeds[0],
         )
-        projections = joined.join(self.encoder, hidden_states)
-        encoded = encoder_inference.forward(self.encoder, hidden_states, packed, projections)
+        known = None if torch.compiler.is_compiling() else encoder_plan.lookup(self.encoder)
+        projections = joined.join(self.encoder, hidden_states, known)
+        encoded = encoder_inference.forward(self.encoder, hidden_states, packed, projections, known)
         if encoded is None:
             encoder: Any = self.encoder
-            encoded = encoder(hidden_states, packing=packed, seeds=seeds, projections=projections).last_hidden_state
+            encoded = encoder(
+                hidden_states, packing=packed, seeds=seeds, projections=projections, known=known
+            ).last_hidden_state
         sequence_output = packed.unpack(encoded)
         pooled_output = None
         if self.pooler is not None:

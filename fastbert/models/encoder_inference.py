@@ -8,7 +8,7 @@ Implementations are chosen once a forward, by ``backends.select``, and called wi
 
 from __future__ import annotations
 
-from operator import attrgetter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +17,10 @@ from torch import Tensor, nn
 
 from fastbert import ops  # noqa: F401  registers the ops
 from fastbert.backends import select
-from fastbert.models import layers
+from fastbert.models import encoder_plan, layers
 from fastbert.models.joined import Projection
 from fastbert.models.packing import Packing
-from fastbert.models.snapshot import Snapshot
 
-# What ``.data`` can change of a parameter that stays the same object.
-_FACTS = attrgetter("shape", "dtype", "device")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -55,14 +52,23 @@ def unserved(x: Tensor) -> str | None:
     return None
 
 
-def forward(encoder: Any, x: Tensor, packing: Packing, projections: dict[nn.Module, Projection]) -> Tensor | None:
-    """``[T, H]`` -> ``[T, H]``; None where the layers have to be called one by one."""
+def forward(
+    encoder: Any,
+    x: Tensor,
+    packing: Packing,
+    projections: dict[nn.Module, Projection],
+    known: Callable[[], encoder_plan.EncoderPlan] | None,
+) -> Tensor | None:
+    """``[T, H]`` -> ``[T, H]``; None where the layers have to be called one by one.
+
+    ``known`` is the ``encoder_plan.lookup`` of this forward.
+    """
     if x.is_cuda and x.get_device() != torch.cuda.current_device():
         with torch.cuda.device(x.device):
-            return forward(encoder, x, packing, projections)
-    if not projections or unserved(x) is not None:
+            return forward(encoder, x, packing, projections, known)
+    if known is None or not projections or unserved(x) is not None:
         return None
-    plan = _plan(encoder, x.dtype)
+    plan = _plan(encoder, x.dtype, known())
     if not plan:
         return None
     device, index, dtype = x.device.type, x.device.index, x.dtype
@@ -90,24 +96,13 @@ def forward(encoder: Any, x: Tensor, packing: Packing, projections: dict[nn.Modu
     return x
 
 
-def _plan(encoder: Any, dtype: torch.dtype) -> list[_Layer]:
-    """The layers, for states of ``dtype``; none where a part is not what it seems or computes something else.
-
-    They are kept, with what their parameters were, until something has changed.
-    """
-    kept: Snapshot | None = encoder.__dict__.get("_inference")
-    if kept is not None and kept.holds(encoder):
-        found: list[_Layer]
-        found, facts = kept.found
-        if facts == [dtype, *map(_FACTS, kept.tensors)]:
-            return found
-    # Before anything is looked at: what another thread changes meanwhile is then seen next time.
-    made = Snapshot(encoder, encoder.modules(), tensors=True)
-    facts = [dtype, *map(_FACTS, made.tensors)]
-    found = _new_plan(encoder) if all(tensor.dtype == dtype for tensor in made.tensors) else []
-    made.found = found, facts
-    encoder.__dict__["_inference"] = made
-    return found
+def _plan(encoder: Any, dtype: torch.dtype, known: encoder_plan.EncoderPlan) -> list[_Layer]:
+    """The layers, for states of ``dtype``; none where a part is not what it seems or computes something else."""
+    plan: list[_Layer] | None = known.found.get("inference")
+    if plan is None:
+        one_dtype = len({tensor.dtype for tensor in known.tensors}) == 1
+        plan = known.found["inference"] = _new_plan(encoder) if one_dtype else []
+    return plan if plan and plan[0].out_weight.dtype == dtype else []
 
 
 def _new_plan(encoder: Any) -> list[_Layer]:

@@ -9,6 +9,7 @@ layer took two launches a layer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -16,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastbert.backends import prepacked
-from fastbert.models.snapshot import Snapshot
+from fastbert.models import encoder_plan
 
-_FACTS = attrgetter("shape", "dtype", "device")
 _REQUIRES_GRAD = attrgetter("requires_grad")
 
 
@@ -30,13 +30,12 @@ class Projection(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What is joined, as long as the modules and the ``facts`` about their tensors are the same.
+    """What is joined.
 
     ``biased`` tells which of the self-attention modules has biases; ``rows`` and ``bias_rows`` are the numbers of rows
     of each joined weight and of each joined bias.
     """
 
-    facts: list[Any]
     attentions: list[nn.Module]
     weights: list[Tensor]
     biases: list[Tensor]
@@ -45,16 +44,19 @@ class _Plan(NamedTuple):
     bias_rows: list[int]
 
 
-def join(encoder: Any, x: Tensor) -> dict[nn.Module, Projection]:
+def join(
+    encoder: Any, x: Tensor, known: Callable[[], encoder_plan.EncoderPlan] | None = None
+) -> dict[nn.Module, Projection]:
     """The projections of the self-attention modules of ``encoder`` that can be joined, for ``x``.
 
     Empty in training, where the joint weight has to be differentiated, while tracing, and where weights are prepacked.
+    ``known`` is the ``encoder_plan.lookup`` of this forward.
     """
     if torch.compiler.is_compiling() or (x.device.type == "cpu" and prepacked.missing(x.dtype) is None):
         return {}
     if torch.is_grad_enabled() and x.requires_grad:
         return {}
-    plan = _plan(encoder)
+    plan = _plan(encoder, encoder_plan.of(encoder) if known is None else known())
     if not plan.weights or plan.weights[0].device != x.device:
         return {}
     if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, (*plan.weights, *plan.biases))):
@@ -66,26 +68,19 @@ def join(encoder: Any, x: Tensor) -> dict[nn.Module, Projection]:
     return dict(zip(plan.attentions, projections, strict=True))
 
 
-def _plan(encoder: Any) -> _Plan:
-    """The plan that the encoder has, or a new one where something has changed."""
-    kept: Snapshot | None = encoder.__dict__.get("_joined")
-    if kept is not None and kept.holds(encoder):
-        plan: _Plan = kept.found
-        if list(map(_FACTS, kept.tensors)) == plan.facts:
-            return plan
-    attentions = [layer.attention.self for layer in encoder.layer]
-    between = (encoder.layer, *encoder.layer, *(layer.attention for layer in encoder.layer), *attentions)
-    linears = (linear for one in attentions for linear in (one.query, one.key, one.value))
-    # Before anything is looked at: what another thread changes meanwhile is then seen next time.
-    made = Snapshot(encoder, (*between, *linears), tensors=True)
-    plan = made.found = _new_plan(attentions, list(map(_FACTS, made.tensors)))
-    # A tensor that is a plain attribute may be replaced without a trace in the snapshot.
-    watched = set(map(id, made.tensors))
-    encoder.__dict__["_joined"] = made if all(id(p) in watched for p in (*plan.weights, *plan.biases)) else None
+def _plan(encoder: Any, known: encoder_plan.EncoderPlan) -> _Plan:
+    plan: _Plan | None = known.found.get("joined")
+    if plan is None:
+        plan = _new_plan(encoder)
+        # A tensor that is a plain attribute may be replaced without a trace in the snapshot.
+        watched = set(map(id, known.tensors))
+        if all(id(parameter) in watched for parameter in (*plan.weights, *plan.biases)):
+            known.found["joined"] = plan
     return plan
 
 
-def _new_plan(attentions: list[Any], facts: list[Any]) -> _Plan:
+def _new_plan(encoder: Any) -> _Plan:
+    attentions = [layer.attention.self for layer in encoder.layer]
     chosen = [one for one in attentions if _is_plain(one.query.weight) and one.unfused() is None]
     linears = [linear for attention in chosen for linear in (attention.query, attention.key, attention.value)]
     weights = [linear.weight for linear in linears]
@@ -94,11 +89,11 @@ def _new_plan(attentions: list[Any], facts: list[Any]) -> _Plan:
     if len({(p.device, p.dtype) for p in (*weights, *biases)}) != 1 or any(
         linear.weight.shape != (linear.out_features, linears[0].in_features) for linear in linears
     ):
-        return _Plan(facts, [], [], [], [], [], [])
+        return _Plan([], [], [], [], [], [])
     biased = [attention.query.bias is not None for attention in chosen]
     rows = [3 * attention.query.weight.shape[0] for attention in chosen]
     bias_rows = [count for count, has_bias in zip(rows, biased, strict=True) if has_bias]
-    return _Plan(facts, chosen, weights, biases, biased, rows, bias_rows)
+    return _Plan(chosen, weights, biases, biased, rows, bias_rows)
 
 
 def _is_plain(weight: Tensor) -> bool:

@@ -12,6 +12,7 @@ replaced ``forward``, no quantised or sharded weight. Otherwise it is called.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from fastbert import ops
 from fastbert.backends import prepacked, transforms
-from fastbert.models import after_attention, upstream, whole_layer
+from fastbert.models import encoder_plan, layer_training, upstream, whole_layer
 from fastbert.models.joined import Projection
 from fastbert.models.packing import Packing
 
@@ -287,25 +288,34 @@ class BertSelfAttention(upstream.BertSelfAttention):
         """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face."""
         if packing is None:
             return super().forward(hidden_states, *args, **kwargs)
-        # As Hugging Face's, by the size of a head: what the module says of their number may be stale.
-        qkv = self._project(hidden_states, projections)
-        heads = qkv.shape[1] // (3 * self.attention_head_size)
+        return self.attend(self.project(hidden_states, projections), packing, seed), None
+
+    def attend(self, qkv: Tensor, packing: Packing, seed: Tensor | None) -> Tensor:
+        """``[T, 3, A, D]`` -> ``[T, A * D]``."""
         context = ops.attention(
-            qkv.view(-1, 3, heads, self.attention_head_size),
+            qkv,
             packing.cu_seqlens,
             packing.max_seqlen,
             scale=self.scaling,
             dropout_p=self.dropout_p(),
             seed=seed,
         )
-        return context.flatten(1), None
+        return context.flatten(1)
 
     def dropout_p(self) -> float:
         """The probability of dropping an attention probability: by this module's mode, as in Hugging Face's."""
         return self.dropout.p if self.training else 0.0
 
+    def project(self, hidden_states: Tensor, projections: Projections | None) -> Tensor:
+        """Query, key and value side by side: ``[T, H]`` -> ``[T, 3, A, D]``.
+
+        As in Hugging Face's, the size of a head gives their number: what the module says of it may be stale.
+        """
+        qkv = self._project(hidden_states, projections)
+        return qkv.view(-1, 3, qkv.shape[1] // (3 * self.attention_head_size), self.attention_head_size)
+
     def _project(self, hidden_states: Tensor, projections: Projections | None) -> Tensor:
-        """Query, key and value side by side: ``[T, H]`` -> ``[T, 3 * H]``."""
+        """``[T, H]`` -> ``[T, 3 * H]``."""
         if projections and (projection := projections.get(self)):
             prepacked.drop(self)
             return F.linear(hidden_states, projection.weight, projection.bias)
@@ -435,6 +445,7 @@ class BertLayer(upstream.BertLayer):
         seeds: Tensor | None = None,
         projections: Projections | None = None,
         workspace: whole_layer.Workspace | None = None,
+        plain: bool = False,
         **kwargs: Any,
     ) -> Tensor:
         """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face.
@@ -442,6 +453,7 @@ class BertLayer(upstream.BertLayer):
         ``seeds`` (int64 ``[1 + 3 * layers]``) are those of the whole model: one for the embeddings, then three for each
         layer. They are arguments and not drawn here, so that a recomputed layer draws the same masks. ``projections``
         are what ``joined.join`` made; ``workspace`` is a dict of this forward's, for the memory that its layers share.
+        ``plain`` says that a layer with its attention is known to be one function in training.
         """
         if packing is None:
             padded: Tensor = super().forward(hidden_states, *args, **kwargs)
@@ -456,18 +468,44 @@ class BertLayer(upstream.BertLayer):
             first = 1 + SEEDS_PER_LAYER * self.attention.self.layer_idx
             seeds = seeds[first : first + SEEDS_PER_LAYER]
         differentiable = torch.is_grad_enabled() or self.training
-        if differentiable and not (torch.compiler.is_compiling() or unserved(hidden_states) or self.unfused()):
-            context, _ = self.attention.self(
-                hidden_states, packing=packing, seed=_at(seeds, 0), projections=projections
-            )
+        traced = torch.compiler.is_compiling() or unserved(hidden_states) is not None
+        if differentiable and not traced and (plain or self.unfused() is None):
+            attend: Any = self.attention.self
+            attention = None
+            if plain or unusual(attend, BertSelfAttention) is None:
+                states = attend.project(hidden_states, projections)
+                attention = layer_training.Attention(
+                    packing.cu_seqlens, packing.max_seqlen, attend.scaling, attend.dropout_p(), _at(seeds, 0)
+                )
+            else:
+                states, _ = attend(hidden_states, packing=packing, seed=_at(seeds, 0), projections=projections)
             parameters = self._parameters_after_attention()
             # In training mode always, so that a forward without gradients equals one with them bit for bit.
-            if self.training or any(x is not None and x.requires_grad for x in (context, hidden_states, *parameters)):
-                return self._after_attention(context, hidden_states, parameters, seeds)
-            attention_output = self.attention.output(context, hidden_states, seed=_at(seeds, 1))
+            if self.training or any(x is not None and x.requires_grad for x in (states, hidden_states, *parameters)):
+                return self._from_attention(states, hidden_states, attention, parameters, seeds)
+            context = states if attention is None else attend.attend(states, packing, None)
+            attention_output = self.attention.output(context, hidden_states)
         else:
             attention_output, _ = self.attention(hidden_states, packing=packing, seeds=seeds, projections=projections)
         return self._feed_forward(attention_output, packing.shape[0], _at(seeds, 2))
+
+    def _from_attention(
+        self,
+        states: Tensor,
+        x: Tensor,
+        attention: layer_training.Attention | None,
+        parameters: layer_training.Parameters,
+        seeds: Tensor | None,
+    ) -> Tensor:
+        approximate = gelu_approximation(self.intermediate.intermediate_act_fn)
+        assert approximate is not None
+        first, second = self.attention.output, self.output
+        for owner in (first, self.intermediate, second):
+            prepacked.drop(owner)
+        settings = layer_training.Settings(
+            first.LayerNorm.eps, dropout_p(first.dropout), second.LayerNorm.eps, dropout_p(second.dropout), approximate
+        )
+        return layer_training.from_attention(states, x, attention, parameters, settings, _at(seeds, 1), _at(seeds, 2))
 
     def drops(self) -> bool:
         """Whether any of its dropouts drops anything in the present mode."""
@@ -489,26 +527,13 @@ class BertLayer(upstream.BertLayer):
             return f"attention.self: {reason}"
         return whole_layer.reason(self, x)
 
-    def _parameters_after_attention(self) -> after_attention.Parameters:
+    def _parameters_after_attention(self) -> layer_training.Parameters:
         out, up, down = self.attention.output, self.intermediate.dense, self.output
-        return after_attention.Parameters(
+        return layer_training.Parameters(
             *(out.dense.weight, out.dense.bias, out.LayerNorm.weight, out.LayerNorm.bias),
             *(up.weight, up.bias),
             *(down.dense.weight, down.dense.bias, down.LayerNorm.weight, down.LayerNorm.bias),
         )
-
-    def _after_attention(
-        self, context: Tensor, x: Tensor, parameters: after_attention.Parameters, seeds: Tensor | None
-    ) -> Tensor:
-        approximate = gelu_approximation(self.intermediate.intermediate_act_fn)
-        assert approximate is not None
-        first, second = self.attention.output, self.output
-        for owner in (first, self.intermediate, second):
-            prepacked.drop(owner)
-        settings = after_attention.Settings(
-            first.LayerNorm.eps, dropout_p(first.dropout), second.LayerNorm.eps, dropout_p(second.dropout), approximate
-        )
-        return after_attention.after_attention(context, x, parameters, settings, _at(seeds, 1), _at(seeds, 2))
 
     def _feed_forward(self, x: Tensor, batch: int, seed: Tensor | None) -> Tensor:
         if not self.chunk_size_feed_forward:
@@ -530,17 +555,50 @@ class BertEncoder(upstream.BertEncoder):
         packing: Packing | None = None,
         seeds: Tensor | None = None,
         projections: Projections | None = None,
+        known: Callable[[], encoder_plan.EncoderPlan] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face."""
+        """``[T, H]`` -> ``[T, H]`` with a packing; otherwise as Hugging Face.
+
+        ``known`` is the ``encoder_plan.lookup`` of this forward.
+        """
         if packing is None:
             return super().forward(hidden_states, *args, **kwargs)
         workspace: whole_layer.Workspace = {}
+        plain = self._plain(known)
         for layer in self.layer:
             hidden_states = layer(
-                hidden_states, packing=packing, seeds=seeds, projections=projections, workspace=workspace
+                hidden_states,
+                packing=packing,
+                seeds=seeds,
+                projections=projections,
+                workspace=workspace,
+                plain=layer in plain,
             )
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+
+    def _plain(self, known: Callable[[], encoder_plan.EncoderPlan] | None) -> set[nn.Module]:
+        """The layers that are known to be one function in training; of others it is not known."""
+        if known is None or not (torch.is_grad_enabled() or self.training):
+            return set()
+        plan = known()
+        if "plain" not in plan.found:
+            # A tensor that is a plain attribute may be replaced without a trace in the snapshot.
+            watched = set(map(id, plan.tensors))
+            plan.found["plain"] = {layer for layer in self.layer if _is_plain(layer, watched)}
+        plain: set[nn.Module] = plan.found["plain"]
+        return plain
+
+
+def _is_plain(layer: nn.Module, watched: set[int]) -> bool:
+    """Whether a layer with its attention is one function in training, of tensors whose ids are in ``watched``."""
+    if not isinstance(layer, BertLayer) or layer.unfused() is not None:
+        return False
+    attend: Any = layer.attention.self
+    if unusual(attend, BertSelfAttention) is not None or attend.unfused() is not None:
+        return False
+    weights = (attend.query.weight, attend.key.weight, attend.value.weight)
+    return all(x is None or id(x) in watched for x in (*weights, *layer._parameters_after_attention()))
 
 
 def _linear_gelu(owner: nn.Module, dense: nn.Linear, activation: nn.Module, x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import calls
 from fastbert.backends import extension, triton_utils
-from fastbert.models import bert, encoder_inference, joined, layers
+from fastbert.models import bert, encoder_inference, encoder_plan, joined, layers
 from fastbert.ops.bias_dropout_residual_layer_norm import compiled
 
 # Not prepacked on a CPU: the dtype of choice for a test of what runs where nothing is.
@@ -65,11 +65,11 @@ def test_a_plan_is_kept_until_something_changes():
     _, ours = models()
     with torch.no_grad():
         ours(**twins.batch())
-    plan = joined._plan(ours.encoder)
-    assert joined._plan(ours.encoder) is plan
+    plan = joined._plan(ours.encoder, encoder_plan.of(ours.encoder))
+    assert joined._plan(ours.encoder, encoder_plan.of(ours.encoder)) is plan
     layer = ours.encoder.layer[1]
     layer.attention.self = copy.deepcopy(layer.attention.self)
-    changed = joined._plan(ours.encoder)
+    changed = joined._plan(ours.encoder, encoder_plan.of(ours.encoder))
     assert changed is not plan
     assert layer.attention.self in changed.attentions
 
@@ -78,7 +78,7 @@ def test_weights_of_two_dtypes_are_not_joined():
     """Joined they would all have the wider one, and no product would tell."""
     _, ours = models()
     ours.encoder.layer[1].attention.self.float()
-    assert joined._plan(ours.encoder).weights == []
+    assert joined._plan(ours.encoder, encoder_plan.of(ours.encoder)).weights == []
     with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
         ours(**twins.batch())
 

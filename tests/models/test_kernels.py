@@ -75,5 +75,7 @@ def test_loss_and_every_gradient(dtype, seqlen, runs, monkeypatch):
             scale = exact[path.replace("key", "query")].abs().max().item()
             assert parity.distance(gradient, exact[path]) <= terms * torch.finfo(dtype).eps * scale
             continue
-        # In float32 the gradients of attention have rounding steps of their own (ops/problems.py), and pass them on.
-        parity.compare(path, gradient, exact[path], eager[path], 4 if dtype == torch.float32 else 1)
+        # In float32 the gradients of attention have rounding steps of their own (ops/problems.py), and pass them on. Of
+        # two numbers eager's largest error is small by luck: as many steps again.
+        steps = 4 if dtype == torch.float32 else 1
+        parity.compare(path, gradient, exact[path], eager[path], 2 * steps if gradient.numel() <= 2 else steps)

@@ -10,7 +10,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert.backends import checks, philox
-from fastbert.models import after_attention, layers
+from fastbert.models import layer_training, layers
 
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 
@@ -177,6 +177,7 @@ def test_computing_again_changes_no_gradient(autocast, frozen, monkeypatch):
     twins.assert_packed(fast)
     calls = []
     monkeypatch.setattr(layers.BertLayer, "unfused", lambda self: calls.append(self) or "not in this test")
+    del fast.encoder._plan  # nothing has changed that it could know of
     expected = run()
     assert set(calls) == set(fast.encoder.layer)
     for path, gradient in expected.items():
@@ -405,7 +406,7 @@ def test_second_derivatives_raise():
     (gradient,) = torch.autograd.grad(loss_of(fast, inputs), weight, create_graph=True)
     twins.assert_packed(fast)
     assert torch.equal(gradient, expected)
-    with pytest.raises(RuntimeError, match=r"fastbert\.ops\.\w+ has no second derivative"):
+    with pytest.raises(RuntimeError, match=r"has no second derivative|once_differentiable"):
         gradient.square().sum().backward()
 
 
@@ -494,11 +495,11 @@ def test_a_dropout_that_is_replaced_by_another_module(part):
     ("training", "weights", "states", "expected"),
     [(True, False, False, 2), (False, True, False, 2), (False, False, True, 2), (False, False, False, 0)],
 )
-def test_layers_are_one_function_after_attention(monkeypatch, training, weights, states, expected):
+def test_layers_are_one_function_from_attention_on(monkeypatch, training, weights, states, expected):
     """In training mode, and wherever there is a gradient: of weights, or of the states alone."""
     calls = []
-    function = after_attention.after_attention
-    monkeypatch.setattr(after_attention, "after_attention", lambda *args: calls.append(1) or function(*args))
+    function = layer_training.from_attention
+    monkeypatch.setattr(layer_training, "from_attention", lambda *args: calls.append(1) or function(*args))
     fast = twins.twins()[1].train(training).requires_grad_(weights)
     fast(inputs_embeds=torch.randn(2, 7, 64, requires_grad=states))
     assert len(calls) == expected

@@ -169,11 +169,21 @@ def test_pieces_of_a_row(size, expected):
     assert triton_utils.pieces(size) == expected
 
 
-@pytest.mark.parametrize(("allowed", "expected"), [("none", "tf32x3"), ("ieee", "tf32x3"), ("tf32", "tf32")])
-def test_float32_is_split_unless_torch_allows_tf32(monkeypatch, allowed, expected):
+@pytest.mark.parametrize(
+    ("allowed", "dtype", "expected"),
+    [
+        ("none", torch.float32, "tf32x3"),
+        ("ieee", torch.float32, "tf32x3"),
+        ("tf32", torch.float32, "tf32"),
+        # Nothing is compiled again for what makes no difference.
+        ("none", torch.bfloat16, "tf32x3"),
+        ("tf32", torch.bfloat16, "tf32x3"),
+    ],
+)
+def test_float32_is_split_unless_torch_allows_tf32(monkeypatch, allowed, dtype, expected):
     monkeypatch.setattr(triton_utils, "interpreted", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=allowed))
-    assert triton_utils.dot_precision() == expected
+    assert triton_utils.dot_precision(dtype) == expected
 
 
 def test_rows_are_copied_only_where_they_must_be():

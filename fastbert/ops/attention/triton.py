@@ -27,16 +27,29 @@ Offsets of rows are int64.
 
 from __future__ import annotations
 
+import functools
+
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch, philox
-from fastbert.backends.triton_utils import SEEDS, attention_draws, attention_drop, dot, dot_precision, jit
+from fastbert.backends.launcher import Launcher
+from fastbert.backends.triton_utils import (
+    SEEDS,
+    attention_draws,
+    attention_drop,
+    dot,
+    dot_precision,
+    jit,
+    next_power_of_2,
+)
 
 # Numbers that change from batch to batch: a kernel isn't compiled again for them.
-_COUNTS = ("rows", "heads", "sequences", "steps", "slots", "query_slots", "threshold")
+_COUNTS = (
+    *("rows", "heads", "sequences", "steps", "slots", "query_slots"),
+    *("scale", "threshold", "kept_scale"),
+)
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
@@ -402,13 +415,14 @@ def backward_dkv_kernel(
         )  # fmt: skip
 
 
+@functools.cache
 def _shapes(dtype: torch.dtype, size: int) -> str:
     return f"{8 * dtype.itemsize} bits, D <= {max(32, _block_d(size))}"
 
 
 def _whole(kernel: str, max_seqlen: int, dtype: torch.dtype, size: int) -> int | None:
     """The block that holds each sequence whole; None when registers don't hold it."""
-    block = max(16, int(triton.next_power_of_2(max_seqlen)))
+    block = max(16, next_power_of_2(max_seqlen))
     return block if block <= launch.options(kernel, f"{_shapes(dtype, size)}, whole")["KEYS"] else None
 
 
@@ -426,7 +440,7 @@ def _rows_of_heads(x: Tensor) -> Tensor:
 
 def _block_d(size: int) -> int:
     """Tensor cores take 16 elements of a head at least."""
-    return max(16, int(triton.next_power_of_2(size)))
+    return max(16, next_power_of_2(size))
 
 
 def _options(kernel: str, dtype: torch.dtype, size: int, whole: int | None, dropout: bool) -> dict[str, int]:
@@ -434,6 +448,12 @@ def _options(kernel: str, dtype: torch.dtype, size: int, whole: int | None, drop
     long = "long, dropout" if dropout else "long"
     regime = long if whole is None else f"S <= {max(32, whole)}"
     return launch.options(kernel, f"{_shapes(dtype, size)}, {regime}")
+
+
+_launch_forward = Launcher(forward_kernel)
+_launch_backward_short = Launcher(backward_short_kernel)
+_launch_backward_dq = Launcher(backward_dq_kernel)
+_launch_backward_dkv = Launcher(backward_dkv_kernel)
 
 
 def forward(
@@ -451,13 +471,15 @@ def forward(
     if whole is not None:
         options |= {"BLOCK_M": whole, "BLOCK_N": whole}
     sequences, steps, slots = _programs(cu_seqlens, rows, options["BLOCK_M"], whole is not None)
-    forward_kernel[(slots * heads,)](
-        qkv, *qkv.stride()[:3], cu_seqlens, out, lse, cu_seqlens if seed is None else seed,
-        rows, heads, sequences, steps, slots, abs(scale),
-        philox.attention_threshold(dropout_p), philox.attention_scale(dropout_p),
-        D=size, BLOCK_D=_block_d(size), NEGATIVE=scale < 0.0, WHOLE=whole is not None, DROPOUT=seed is not None,
-        PRECISION=dot_precision(), **options,
-    )  # fmt: skip
+    operands = (qkv, *qkv.stride()[:3], cu_seqlens, out, lse, cu_seqlens if seed is None else seed)
+    numbers = (abs(scale), philox.attention_threshold(dropout_p), philox.attention_scale(dropout_p))
+    constants = {
+        "D": size, "BLOCK_D": _block_d(size), "NEGATIVE": scale < 0.0, "WHOLE": whole is not None,
+        "DROPOUT": seed is not None, "PRECISION": dot_precision(qkv.dtype),
+    }  # fmt: skip
+    _launch_forward(
+        (slots * heads,), (*operands, rows, heads, sequences, steps, slots, *numbers), {**constants, **options}
+    )
     return out, lse
 
 
@@ -482,26 +504,37 @@ def backward(
     operands = (dout, *dout.stride()[:2], qkv, *qkv.stride()[:3])
     seed_or_any = cu_seqlens if seed is None else seed
     numbers = (scale, philox.attention_threshold(dropout_p), philox.attention_scale(dropout_p))
-    constants = {"D": size, "BLOCK_D": _block_d(size), "DROPOUT": seed is not None, "PRECISION": dot_precision()}
+    constants = {
+        "D": size,
+        "BLOCK_D": _block_d(size),
+        "DROPOUT": seed is not None,
+        "PRECISION": dot_precision(qkv.dtype),
+    }
     if whole is not None:
         sequences, steps, slots = _programs(cu_seqlens, rows, whole, True)
-        backward_short_kernel[(slots * heads,)](
-            *operands, cu_seqlens, dqkv, seed_or_any, rows, heads, sequences, steps, slots, *numbers,
-            BLOCK=whole, **constants, **_options("attention_backward", qkv.dtype, size, whole, seed is not None),
-        )  # fmt: skip
+        options = _options("attention_backward", qkv.dtype, size, whole, seed is not None)
+        _launch_backward_short(
+            (slots * heads,),
+            (*operands, cu_seqlens, dqkv, seed_or_any, rows, heads, sequences, steps, slots, *numbers),
+            {"BLOCK": whole, **constants, **options},
+        )
         return dqkv
     options = _options("attention_backward_dq", qkv.dtype, size, None, seed is not None)
     queries = options["BLOCK_M"]
     sequences, steps, query_slots = _programs(cu_seqlens, rows, queries, False)
     statistics = lse.new_empty(heads, query_slots, queries, dtype=torch.int64)
-    backward_dq_kernel[(query_slots * heads,)](
-        *operands, out, lse, cu_seqlens, dqkv, statistics, seed_or_any, rows, heads, sequences, steps, query_slots,
-        *numbers, **constants, **options,
-    )  # fmt: skip
+    places = (rows, heads, sequences, steps, query_slots)
+    _launch_backward_dq(
+        (query_slots * heads,),
+        (*operands, out, lse, cu_seqlens, dqkv, statistics, seed_or_any, *places, *numbers),
+        {**constants, **options},
+    )
     options = _options("attention_backward_dkv", qkv.dtype, size, None, seed is not None)
     sequences, steps, slots = _programs(cu_seqlens, rows, options["BLOCK_N"], False)
-    backward_dkv_kernel[(slots * heads,)](
-        *operands, statistics, cu_seqlens, dqkv, seed_or_any, rows, heads, sequences, steps, slots, query_slots,
-        *numbers, QUERIES=queries, **constants, **options,
-    )  # fmt: skip
+    places = (rows, heads, sequences, steps, slots)
+    _launch_backward_dkv(
+        (slots * heads,),
+        (*operands, statistics, cu_seqlens, dqkv, seed_or_any, *places, query_slots, *numbers),
+        {"QUERIES": queries, **constants, **options},
+    )
     return dqkv

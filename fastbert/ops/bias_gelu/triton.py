@@ -14,13 +14,13 @@ traffic    4 bytes an element forward and 6 backward in 16 bits
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch
+from fastbert.backends.launcher import Launcher
 from fastbert.backends.partial_sums import add_partials
-from fastbert.backends.triton_utils import gelu, gelu_grad, jit, multiprocessors, rows_of
+from fastbert.backends.triton_utils import ceil_div, gelu, gelu_grad, jit, multiprocessors, rows_of
 
 
 @jit(do_not_specialize=["rows"])
@@ -70,6 +70,10 @@ def backward_kernel(
         tl.store(partial_ptr + program.to(tl.int64) * columns + column, total, mask=column < columns)
 
 
+_launch_forward = Launcher(forward_kernel)
+_launch_backward = Launcher(backward_kernel)
+
+
 def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
     """gelu(x + bias): ``[..., I]``; a ``bias`` of None, which ``linear_gelu`` passes, is zero."""
     columns = x.shape[-1]
@@ -78,10 +82,11 @@ def forward(x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
         return y
     flat = rows_of(x)
     options = launch.options("bias_gelu_forward", "all")
-    forward_kernel[(triton.cdiv(flat.shape[0], options["ROWS"]) * triton.cdiv(columns, options["COLUMNS"]),)](
-        flat, flat.stride(0), flat if bias is None else bias.contiguous(), y, flat.shape[0], columns,
-        TANH=approximate == "tanh", HAS_BIAS=bias is not None, **options,
-    )  # fmt: skip
+    _launch_forward(
+        (ceil_div(flat.shape[0], options["ROWS"]) * ceil_div(columns, options["COLUMNS"]),),
+        (flat, flat.stride(0), flat if bias is None else bias.contiguous(), y, flat.shape[0], columns),
+        {"TANH": approximate == "tanh", "HAS_BIAS": bias is not None, **options},
+    )
     return y
 
 
@@ -94,16 +99,20 @@ def backward(
     flat_dy, flat_x = rows_of(dy), rows_of(x)
     rows = flat_x.shape[0]
     options = launch.options("bias_gelu_backward", "all")
-    blocks = triton.cdiv(columns, options["COLUMNS"])
+    blocks = ceil_div(columns, options["COLUMNS"])
     resident = options.pop("PROGRAMS") * multiprocessors(x.device)
-    programs = min(triton.cdiv(rows, options["ROWS"]), max(1, resident // blocks))
+    programs = min(ceil_div(rows, options["ROWS"]), max(1, resident // blocks))
     dx = x.new_empty(x.shape if needs_dx else 0)
     partial = x.new_empty((1, programs, columns if needs_sum else 0), dtype=torch.float32)
     if x.numel() > 0 and (needs_dx or needs_sum):
-        backward_kernel[(programs * blocks,)](
-            flat_dy, flat_dy.stride(0), flat_x, flat_x.stride(0), flat_x if bias is None else bias.contiguous(),
-            dx, partial, rows, columns,
-            TANH=approximate == "tanh", HAS_BIAS=bias is not None, NEEDS_DX=needs_dx, NEEDS_SUM=needs_sum, **options,
-        )  # fmt: skip
+        constants = {
+            "TANH": approximate == "tanh", "HAS_BIAS": bias is not None, "NEEDS_DX": needs_dx, "NEEDS_SUM": needs_sum,
+        }  # fmt: skip
+        operands = flat_dy, flat_dy.stride(0), flat_x, flat_x.stride(0)
+        _launch_backward(
+            (programs * blocks,),
+            (*operands, flat_x if bias is None else bias.contiguous(), dx, partial, rows, columns),
+            {**constants, **options},
+        )
     dtype = x.dtype if bias is None else bias.dtype
     return dx, add_partials(partial, dtype)[0] if needs_sum else x.new_empty(0, dtype=dtype)

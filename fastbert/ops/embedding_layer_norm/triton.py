@@ -30,19 +30,28 @@ traffic    4 bytes an element of y forward and 12 backward in 16 bits while the 
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch, philox
+from fastbert.backends.launcher import Launcher
 from fastbert.backends.partial_sums import add_partials
-from fastbert.backends.triton_utils import SEEDS, hidden_keep, hidden_words, jit, multiprocessors, pieces, rows_of
+from fastbert.backends.triton_utils import (
+    SEEDS,
+    ceil_div,
+    hidden_keep,
+    hidden_words,
+    jit,
+    multiprocessors,
+    pieces,
+    rows_of,
+)
 
 # Tokens whose gradients one program adds up, a few of them at once: with 32k tokens of one id and four at once that is
 # 16 loads after one another, and then 32 for the parts.
 _CHUNK = 64
 # Numbers that change from batch to batch: a kernel isn't compiled again for them.
-_COUNTS = ("tokens", "chunks", "padding_idx", "threshold")
+_COUNTS = ("tokens", "chunks", "padding_idx", "eps", "threshold", "scale")
 
 
 @jit
@@ -275,6 +284,12 @@ def segment_kernel(
             tl.store(dtable_row + rest, sums.to(dtable_ptr.dtype.element_ty), mask=rest < H)
 
 
+_launch_forward = Launcher(forward_kernel)
+_launch_backward = Launcher(backward_kernel)
+_launch_chunk = Launcher(chunk_kernel)
+_launch_segment = Launcher(segment_kernel)
+
+
 def _table_arguments(ids: tuple[Tensor, ...], tables: tuple[Tensor, ...]) -> list[Tensor | int]:
     """The ids, and each table with the stride of its rows."""
     arguments: list[Tensor | int] = [x.contiguous() for x in ids]
@@ -295,19 +310,21 @@ def _table_gradient(dhidden: Tensor, ids: Tensor, table: Tensor, padding_idx: in
     if tokens == 0:
         return dtable
     sorted_ids, order = torch.sort(ids.to(_key_dtype(table.shape[0])), stable=True)
-    chunks = triton.cdiv(tokens, _CHUNK)
+    chunks = ceil_div(tokens, _CHUNK)
     parts = dhidden.new_empty((chunks, 2, hidden), dtype=torch.float32)
     block, rest = pieces(hidden)
-    chunk_kernel[(tokens,)](
-        sorted_ids, order, dhidden, dtable, parts, tokens, padding_idx,
-        H=hidden, CHUNK=_CHUNK, BLOCK=block, REST=rest, **launch.options("embedding_chunk", launch.row_class(hidden)),
-    )  # fmt: skip
+    constants = {"H": hidden, "CHUNK": _CHUNK, "BLOCK": block, "REST": rest}
+    _launch_chunk(
+        (tokens,),
+        (sorted_ids, order, dhidden, dtable, parts, tokens, padding_idx),
+        {**constants, **launch.options("embedding_chunk", launch.row_class(hidden))},
+    )
     if chunks > 1:
-        segment_kernel[(chunks - 1,)](
-            sorted_ids, parts, dtable, chunks, padding_idx,
-            H=hidden, CHUNK=_CHUNK, BLOCK=block, REST=rest, HEADS=1024,
-            **launch.options("embedding_segment", launch.row_class(hidden)),
-        )  # fmt: skip
+        _launch_segment(
+            (chunks - 1,),
+            (sorted_ids, parts, dtable, chunks, padding_idx),
+            {**constants, "HEADS": 1024, **launch.options("embedding_segment", launch.row_class(hidden))},
+        )
     return dtable
 
 
@@ -335,11 +352,12 @@ def forward(
     ids, tables = (input_ids, position_ids, token_type_ids), (word, position, token_type)
     block, rest = pieces(hidden)
     options = launch.options("embedding_forward", launch.row_class(hidden))
-    forward_kernel[(triton.cdiv(tokens, options["ROWS"]),)](
-        *_table_arguments(ids, tables), weight.contiguous(), bias.contiguous(), y, mean, rstd, tokens, eps,
-        seed, philox.threshold(p), philox.scale(p),
-        H=hidden, BLOCK=block, REST=rest, DROPOUT=seed is not None, **options,
-    )  # fmt: skip
+    operands = (*_table_arguments(ids, tables), weight.contiguous(), bias.contiguous(), y, mean, rstd)
+    _launch_forward(
+        (ceil_div(tokens, options["ROWS"]),),
+        (*operands, tokens, eps, seed, philox.threshold(p), philox.scale(p)),
+        {"H": hidden, "BLOCK": block, "REST": rest, "DROPOUT": seed is not None, **options},
+    )
     return y, mean, rstd
 
 
@@ -367,18 +385,22 @@ def backward(
     tokens, hidden = dy.shape
     needs_dhidden, needs_sums = any(output_mask[:3]), any(output_mask[3:])
     options = launch.options("embedding_backward", launch.row_class(hidden))
-    programs = min(triton.cdiv(tokens, options["ROWS"]), options.pop("PROGRAMS") * multiprocessors(dy.device))
+    programs = min(ceil_div(tokens, options["ROWS"]), options.pop("PROGRAMS") * multiprocessors(dy.device))
     dhidden = dy.new_empty((tokens if needs_dhidden else 0, hidden), dtype=word.dtype)
     partial = dy.new_empty((2, programs if needs_sums else 0, hidden), dtype=torch.float32)
     if tokens > 0 and (needs_dhidden or needs_sums):
         flat_dy = rows_of(dy)
         block, rest = pieces(hidden)
-        backward_kernel[(programs,)](
-            flat_dy, flat_dy.stride(0), *_table_arguments(ids, tables), weight.contiguous(), mean, rstd,
-            dhidden, partial, tokens, seed, philox.threshold(p), philox.scale(p),
-            H=hidden, BLOCK=block, REST=rest, DROPOUT=seed is not None,
-            NEEDS_DHIDDEN=needs_dhidden, NEEDS_SUMS=needs_sums, **options,
-        )  # fmt: skip
+        operands = (flat_dy, flat_dy.stride(0), *_table_arguments(ids, tables), weight.contiguous(), mean, rstd)
+        constants = {
+            "H": hidden, "BLOCK": block, "REST": rest, "DROPOUT": seed is not None,
+            "NEEDS_DHIDDEN": needs_dhidden, "NEEDS_SUMS": needs_sums,
+        }  # fmt: skip
+        _launch_backward(
+            (programs,),
+            (*operands, dhidden, partial, tokens, seed, philox.threshold(p), philox.scale(p)),
+            {**constants, **options},
+        )
     dtables = (
         _table_gradient(dhidden, table_ids, table, skipped) if wanted else table.new_empty(0)
         for table_ids, table, skipped, wanted in zip(ids, tables, (padding_idx, -1, -1), output_mask[:3], strict=True)

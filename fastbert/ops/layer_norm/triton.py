@@ -17,16 +17,16 @@ traffic    4 bytes an element forward and 6 backward in 16 bits, and 8 bytes a r
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch
+from fastbert.backends.launcher import Launcher
 from fastbert.backends.partial_sums import add_partials
-from fastbert.backends.triton_utils import jit, multiprocessors, pieces, rows_of
+from fastbert.backends.triton_utils import ceil_div, jit, multiprocessors, pieces, rows_of
 
 
-@jit(do_not_specialize=["rows"])
+@jit(do_not_specialize=["rows", "eps"])
 def forward_kernel(
     x_ptr, stride_x, weight_ptr, bias_ptr, y_ptr, mean_ptr, rstd_ptr, rows, eps,
     H: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, REST: tl.constexpr,
@@ -121,6 +121,10 @@ def backward_kernel(
             tl.store(bias_row + rest, tl.sum(dbias_rest, 0)[None, :], mask=rest < H)
 
 
+_launch_forward = Launcher(forward_kernel)
+_launch_backward = Launcher(backward_kernel)
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(y ``[..., H]``, mean ``[..., 1]``, rstd ``[..., 1]``)."""
     hidden = x.shape[-1]
@@ -133,10 +137,11 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor
     flat = rows_of(x)
     block, rest = pieces(hidden)
     options = launch.options("layer_norm_forward", launch.row_class(hidden))
-    forward_kernel[(triton.cdiv(rows, options["ROWS"]),)](
-        flat, flat.stride(0), weight.contiguous(), bias.contiguous(), y, mean, rstd, rows, eps,
-        H=hidden, BLOCK=block, REST=rest, **options,
-    )  # fmt: skip
+    _launch_forward(
+        (ceil_div(rows, options["ROWS"]),),
+        (flat, flat.stride(0), weight.contiguous(), bias.contiguous(), y, mean, rstd, rows, eps),
+        {"H": hidden, "BLOCK": block, "REST": rest, **options},
+    )
     return y, mean, rstd
 
 
@@ -148,15 +153,16 @@ def backward(
     needs_dx, needs_sums = output_mask[0], output_mask[1] or output_mask[2]
     dx = x.new_empty(x.shape if needs_dx else 0)
     options = launch.options("layer_norm_backward", launch.row_class(hidden))
-    programs = min(triton.cdiv(rows, options["ROWS"]), options.pop("PROGRAMS") * multiprocessors(x.device))
+    programs = min(ceil_div(rows, options["ROWS"]), options.pop("PROGRAMS") * multiprocessors(x.device))
     partial = x.new_empty((2, programs if needs_sums else 0, hidden), dtype=torch.float32)
     if x.numel() > 0 and (needs_dx or needs_sums):
         flat_dy, flat_x = rows_of(dy), rows_of(x)
         block, rest = pieces(hidden)
-        backward_kernel[(programs,)](
-            flat_dy, flat_dy.stride(0), flat_x, flat_x.stride(0), weight.contiguous(), mean, rstd, dx, partial, rows,
-            H=hidden, BLOCK=block, REST=rest, NEEDS_DX=needs_dx, NEEDS_SUMS=needs_sums, **options,
-        )  # fmt: skip
+        constants = {"H": hidden, "BLOCK": block, "REST": rest, "NEEDS_DX": needs_dx, "NEEDS_SUMS": needs_sums}
+        operands = flat_dy, flat_dy.stride(0), flat_x, flat_x.stride(0)
+        _launch_backward(
+            (programs,), (*operands, weight.contiguous(), mean, rstd, dx, partial, rows), {**constants, **options}
+        )
     sums = add_partials(partial, weight.dtype) if needs_sums else ()
     dweight, dbias = (sums[i] if output_mask[1 + i] else weight.new_empty(0) for i in range(2))
     return dx, dweight, dbias

@@ -21,13 +21,21 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert.backends import launch
-from fastbert.backends.triton_utils import dot, dot_precision, gelu, interpreted, jit, multiprocessors, rows_of
+from fastbert.backends.triton_utils import (
+    ceil_div,
+    dot,
+    dot_precision,
+    gelu,
+    interpreted,
+    jit,
+    multiprocessors,
+    rows_of,
+)
 from fastbert.ops.linear_gelu.gradients import backward
 
 __all__ = ["backward", "forward"]
@@ -137,7 +145,7 @@ def _launch(
     at_once, delay = 3 if interpreted() else multiprocessors(x.device), options.pop("DELAY")
     resident = options.pop("PROGRAMS") * at_once
     block_m, block_n, block_k = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
-    blocks = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    blocks = ceil_div(M, block_m) * ceil_div(N, block_n)
     programs = min(resident, blocks)
     # With fewer than two blocks each, what a late begin costs at the end isn't won back.
     first_delayed = at_once if blocks >= 2 * resident else programs
@@ -150,7 +158,7 @@ def _launch(
         None if hidden is None else TensorDescriptor(hidden, [M, N], [hidden.stride(0), 1], part),
         M, N, K, first_delayed,
         TANH=approximate == "tanh", HAS_BIAS=bias is not None, NEEDS_HIDDEN=hidden is not None,
-        PRECISION=dot_precision(),
+        PRECISION=dot_precision(x.dtype),
         DELAY=0 if interpreted() else delay,  # the interpreter has no clock
         **options,
     )  # fmt: skip

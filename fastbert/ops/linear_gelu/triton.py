@@ -19,12 +19,12 @@ float32    TF32 where torch allows it, or else three such products (``triton_uti
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastbert.backends import launch
-from fastbert.backends.triton_utils import dot, dot_precision, gelu, jit, rows_of
+from fastbert.backends.launcher import Launcher
+from fastbert.backends.triton_utils import ceil_div, dot, dot_precision, gelu, jit, rows_of
 from fastbert.ops.linear_gelu.gradients import backward
 
 __all__ = ["backward", "forward"]
@@ -91,11 +91,14 @@ def forward_kernel(
     _store(right, bias_ptr, y_ptr, hidden_ptr, rows, column, N, TANH, HAS_BIAS, NEEDS_HIDDEN)
 
 
+_launch = Launcher(forward_kernel)
+
+
 def _options(dtype: torch.dtype, M: int, N: int) -> dict[str, int]:
     """The launch of a product ``[M, N]``: in large blocks, or in smaller ones where those would be too few."""
     bits = f"{8 * dtype.itemsize} bits"
     large = launch.options("linear_gelu", f"{bits}, large")
-    if triton.cdiv(M, large["BLOCK_M"]) * triton.cdiv(N, large["BLOCK_N"]) < _FEW:
+    if ceil_div(M, large["BLOCK_M"]) * ceil_div(N, large["BLOCK_N"]) < _FEW:
         return launch.options("linear_gelu", f"{bits}, small")
     return large
 
@@ -111,9 +114,14 @@ def forward(
     flat, weight = rows_of(x), rows_of(weight)
     (M, K), N = flat.shape, weight.shape[0]
     options = _options(x.dtype, M, N)
-    forward_kernel[(triton.cdiv(M, options["BLOCK_M"]) * triton.cdiv(N, options["BLOCK_N"]),)](
-        flat, flat.stride(0), weight, weight.stride(0), y if bias is None else bias.contiguous(), y, hidden, M, N, K,
-        TANH=approximate == "tanh", HAS_BIAS=bias is not None, NEEDS_HIDDEN=needs_hidden,
-        EVEN_K=K % options["BLOCK_K"] == 0, PRECISION=dot_precision(), GROUP_M=_GROUP_M, **options,
-    )  # fmt: skip
+    constants = {
+        "TANH": approximate == "tanh", "HAS_BIAS": bias is not None, "NEEDS_HIDDEN": needs_hidden,
+        "EVEN_K": K % options["BLOCK_K"] == 0, "PRECISION": dot_precision(x.dtype), "GROUP_M": _GROUP_M,
+    }  # fmt: skip
+    operands = flat, flat.stride(0), weight, weight.stride(0), y if bias is None else bias.contiguous()
+    _launch(
+        (ceil_div(M, options["BLOCK_M"]) * ceil_div(N, options["BLOCK_N"]),),
+        (*operands, y, hidden, M, N, K),
+        {**constants, **options},
+    )
     return y, hidden

@@ -141,9 +141,8 @@ void forward_device(const Forward<T>& args, void* stream) {
   const bool vector = aligned(args.x) && aligned(args.residual) && aligned(args.out);
   const bool vector_bias = aligned(args.bias) && args.cols % kGroup == 0;
   const auto kernel = vector ? forward_kernel<T, true> : forward_kernel<T, false>;
-  kernel<<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(args, column_step,
-                                                                                            vector_bias);
-  check_cuda("bias_dropout_residual forward", cudaGetLastError());
+  launch("bias_dropout_residual forward", kernel, static_cast<unsigned>(blocks), kThreads, stream, args, column_step,
+         vector_bias);
 }
 
 template <typename T>
@@ -155,14 +154,13 @@ void backward_device(const Backward<T>& args, void* stream) {
     const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(std::min<int64_t>(tiles, kMaxGridY)));
     const bool vector = aligned(args.dy) && aligned(args.dx) && args.cols % kGroup == 0;
     const auto kernel = vector ? backward_kernel<T, true> : backward_kernel<T, false>;
-    kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(args);
-    check_cuda("bias_dropout_residual backward", cudaGetLastError());
+    launch("bias_dropout_residual backward", kernel, grid, threads, stream, args);
   }
   if (args.dbias == nullptr || args.cols == 0) return;
   const auto columns = static_cast<unsigned>((args.cols + kSumColumns - 1) / kSumColumns);
   const dim3 lanes(kSumColumns, kSumLanes);
-  add_partials_kernel<T><<<columns, lanes, 0, static_cast<cudaStream_t>(stream)>>>(args, blocks);
-  check_cuda("bias_dropout_residual backward, the sum for dbias", cudaGetLastError());
+  launch("bias_dropout_residual backward, the sum for dbias", add_partials_kernel<T>, columns, lanes, stream, args,
+         blocks);
 }
 
 template void forward_device(const Forward<float>&, void*);

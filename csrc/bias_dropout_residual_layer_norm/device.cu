@@ -516,38 +516,37 @@ bool all_aligned(Addresses... addresses) {
 int64_t up_to_warps(int64_t threads) { return (threads + kWarp - 1) / kWarp * kWarp; }
 
 template <typename T, bool kVector>
-void launch_forward(const Forward<T>& args, cudaStream_t stream) {
+void launch_forward(const Forward<T>& args, void* stream) {
   const int64_t groups = (args.cols + kGroup - 1) / kGroup;
   const int64_t most = multiprocessors() * kMaxWarps;
-  const auto launch = [&](auto kernel, int64_t team, int64_t teams) {
+  const auto launch_teams = [&](auto kernel, int64_t team, int64_t teams) {
     const auto blocks = static_cast<unsigned>(std::min((args.rows + teams - 1) / teams, most));
-    kernel<<<blocks, dim3(static_cast<unsigned>(team), static_cast<unsigned>(teams)), 0, stream>>>(args);
-    check_cuda("bias_dropout_residual_layer_norm forward", cudaGetLastError());
+    const dim3 threads(static_cast<unsigned>(team), static_cast<unsigned>(teams));
+    launch("bias_dropout_residual_layer_norm forward", kernel, blocks, threads, stream, args);
   };
   // One team to a block where there are few rows: they spread over more multiprocessors.
   const int64_t teams = args.rows * kForwardTeams <= most ? 1 : kForwardTeams;
-  if (groups <= kWarp) return launch(forward_kernel<T, kVector, 1>, kWarp, teams);
-  if (groups <= 2 * kWarp) return launch(forward_kernel<T, kVector, 2>, kWarp, teams);
-  if (groups <= 3 * kWarp) return launch(forward_kernel<T, kVector, 3>, kWarp, teams);
-  if (groups <= 4 * kWarp) return launch(forward_kernel<T, kVector, 4>, kWarp, teams);
-  if (groups <= kMaxGroups) return launch(forward_kernel<T, kVector, 4>, up_to_warps((groups + 3) / 4), 1);
-  launch(forward_loop_kernel<T, kVector>, kLoopThreads, 1);
+  if (groups <= kWarp) return launch_teams(forward_kernel<T, kVector, 1>, kWarp, teams);
+  if (groups <= 2 * kWarp) return launch_teams(forward_kernel<T, kVector, 2>, kWarp, teams);
+  if (groups <= 3 * kWarp) return launch_teams(forward_kernel<T, kVector, 3>, kWarp, teams);
+  if (groups <= 4 * kWarp) return launch_teams(forward_kernel<T, kVector, 4>, kWarp, teams);
+  if (groups <= kMaxGroups) return launch_teams(forward_kernel<T, kVector, 4>, up_to_warps((groups + 3) / 4), 1);
+  launch_teams(forward_loop_kernel<T, kVector>, kLoopThreads, 1);
 }
 
 template <typename T, bool kVector>
-void launch_backward(const Backward<T>& args, cudaStream_t stream) {
+void launch_backward(const Backward<T>& args, void* stream) {
   const int64_t groups = (args.cols + kGroup - 1) / kGroup;
   const auto blocks = static_cast<unsigned>(partials(args.rows));
-  const auto launch = [&](auto kernel, int64_t team) {
-    const int64_t teams = std::max<int64_t>(1, kBackwardTeamThreads / team);
-    kernel<<<blocks, dim3(static_cast<unsigned>(team), static_cast<unsigned>(teams)), 0, stream>>>(args);
-    check_cuda("bias_dropout_residual_layer_norm backward", cudaGetLastError());
+  const auto launch_teams = [&](auto kernel, int64_t team) {
+    const dim3 threads(static_cast<unsigned>(team), static_cast<unsigned>(std::max<int64_t>(1, kBackwardTeamThreads / team)));
+    launch("bias_dropout_residual_layer_norm backward", kernel, blocks, threads, stream, args);
   };
-  if (groups <= kBackwardThreads<1>) return launch(backward_kernel<T, kVector, 1>, up_to_warps(groups));
+  if (groups <= kBackwardThreads<1>) return launch_teams(backward_kernel<T, kVector, 1>, up_to_warps(groups));
   if constexpr (kVector) {  // rows that aren't would need more registers than there are
-    if (groups <= kMaxGroups) return launch(backward_kernel<T, kVector, 2>, up_to_warps((groups + 1) / 2));
+    if (groups <= kMaxGroups) return launch_teams(backward_kernel<T, kVector, 2>, up_to_warps((groups + 1) / 2));
   }
-  launch(backward_loop_kernel<T, kVector>, kLoopThreads);
+  launch_teams(backward_loop_kernel<T, kVector>, kLoopThreads);
 }
 
 }  // namespace
@@ -557,8 +556,8 @@ void forward_device(const Forward<T>& args, void* stream) {
   if (args.rows == 0 || args.cols == 0) return;
   const bool vector = args.cols % kGroup == 0 && all_aligned(args.x, args.bias, args.residual, args.weight,
                                                              args.ln_bias, args.out, args.hidden);
-  const auto launch = vector ? launch_forward<T, true> : launch_forward<T, false>;
-  launch(args, static_cast<cudaStream_t>(stream));
+  const auto forward = vector ? launch_forward<T, true> : launch_forward<T, false>;
+  forward(args, stream);
 }
 
 template <typename T>
@@ -567,14 +566,14 @@ void backward_device(const Backward<T>& args, void* stream) {
   if (args.rows > 0) {
     const bool vector = args.cols % kGroup == 0 &&
                         all_aligned(args.dy, args.dy2, args.hidden, args.weight, args.dresidual, args.dx, args.scratch);
-    const auto launch = vector ? launch_backward<T, true> : launch_backward<T, false>;
-    launch(args, static_cast<cudaStream_t>(stream));
+    const auto backward = vector ? launch_backward<T, true> : launch_backward<T, false>;
+    backward(args, stream);
   }
   if (args.dbias == nullptr && args.dweight == nullptr && args.dln_bias == nullptr) return;
   const dim3 grid(static_cast<unsigned>((args.cols + kSumColumns - 1) / kSumColumns), kSums);
   const dim3 threads(kSumColumns, kSumLanes);
-  add_partials_kernel<T><<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(args, partials(args.rows));
-  check_cuda("bias_dropout_residual_layer_norm backward, the column sums", cudaGetLastError());
+  launch("bias_dropout_residual_layer_norm backward, the column sums", add_partials_kernel<T>, grid, threads, stream,
+         args, partials(args.rows));
 }
 
 template void forward_device(const Forward<float>&, void*);

@@ -77,7 +77,7 @@ def forward(
         return None
     attention = select.load("attention", "triton").forward
     linear_gelu = select.best("linear_gelu", select.Request(device, dtype)).forward
-    fused = select.best("bias_dropout_residual_layer_norm", select.Request(device, dtype, index=index)).forward
+    fused = select.best("bias_dropout_residual_layer_norm", select.Request(device, dtype, index=index)).output
     cu_seqlens, max_seqlen = packing.cu_seqlens, packing.max_seqlen
     for layer in plan:
         attend = layer.attend
@@ -88,11 +88,11 @@ def forward(
         )
         projected = F.linear(context.view(x.shape[0], -1), layer.out_weight)
         norm = layer.norm1
-        x, *_ = fused(projected, layer.out_bias, x, norm.weight, norm.bias, norm.eps, 0.0, None, False)
+        x = fused(projected, layer.out_bias, x, norm.weight, norm.bias, norm.eps, 0.0, None)
         act, _ = linear_gelu(x, layer.up_weight, layer.up_bias, layer.approximate, False)
         projected = F.linear(act, layer.down_weight)
         norm = layer.norm2
-        x, *_ = fused(projected, layer.down_bias, x, norm.weight, norm.bias, norm.eps, 0.0, None, False)
+        x = fused(projected, layer.down_bias, x, norm.weight, norm.bias, norm.eps, 0.0, None)
     return x
 
 

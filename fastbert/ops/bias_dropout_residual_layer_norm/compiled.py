@@ -12,6 +12,24 @@ from fastbert.backends import extension, philox
 Build = Literal["host", "device"]
 
 
+def output(
+    build: Build,
+    runner: int,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """y ``[..., H]`` alone; ``runner`` is that of ``forward``."""
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _run_forward(build, runner, x, bias, residual, weight, ln_bias, eps, p, seed, out, None, None, None)
+    return out
+
+
 def forward(
     build: Build,
     runner: int,
@@ -29,13 +47,38 @@ def forward(
 
     ``runner`` is the number of threads of the host build and the stream of the device build.
     """
+    if not needs_backward:
+        out = output(build, runner, x, bias, residual, weight, ln_bias, eps, p, seed)
+        mean = x.new_empty(0, dtype=torch.float32)
+        return out, x.new_empty(0), mean, torch.empty_like(mean)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    hidden = torch.empty_like(out)
+    mean = x.new_empty((*x.shape[:-1], 1), dtype=torch.float32)
+    rstd = torch.empty_like(mean)
+    _run_forward(build, runner, x, bias, residual, weight, ln_bias, eps, p, seed, out, hidden, mean, rstd)
+    return out, hidden, mean, rstd
+
+
+def _run_forward(
+    build: Build,
+    runner: int,
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+    out: Tensor,
+    hidden: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> None:
+    """Fill the last four, of which the last three may be None."""
     x, residual = x.contiguous(), residual.contiguous()
     bias = None if bias is None else bias.contiguous()
     weight, ln_bias = _parameter(weight, x.dtype), _parameter(ln_bias, x.dtype)
-    out = torch.empty_like(x)
-    hidden = x.new_empty(x.shape if needs_backward else 0)
-    mean = x.new_empty((*x.shape[:-1], 1) if needs_backward else 0, dtype=torch.float32)
-    rstd = torch.empty_like(mean)
     cols = x.shape[-1]
     function = getattr(extension.module(), f"bias_dropout_residual_layer_norm_forward_{build}")
     function(
@@ -47,9 +90,9 @@ def forward(
         extension.dtype_code(weight.dtype),
         eps,
         extension.memory(out),
-        _wanted(hidden),
-        _wanted(mean),
-        _wanted(rstd),
+        extension.memory(hidden),
+        extension.memory(mean),
+        extension.memory(rstd),
         x.numel() // cols,
         cols,
         extension.dtype_code(x.dtype),
@@ -58,7 +101,6 @@ def forward(
         philox.scale(p),
         runner,
     )
-    return out, hidden, mean, rstd
 
 
 def backward(

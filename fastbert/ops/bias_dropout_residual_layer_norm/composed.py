@@ -34,6 +34,21 @@ def forward(
     return y, hidden, mean, rstd
 
 
+def output(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """y ``[..., H]`` alone."""
+    y: Tensor = forward(x, bias, residual, weight, ln_bias, eps, p, seed, True)[0]
+    return y
+
+
 def backward(
     dy: Tensor,
     dy2: Tensor | None,

@@ -19,6 +19,11 @@ def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return compiled.forward("host", torch.get_num_threads(), *arguments)
 
 
+def output(*arguments: Any) -> Tensor:
+    """``compiled.output`` on torch's number of threads."""
+    return compiled.output("host", torch.get_num_threads(), *arguments)
+
+
 def backward(*arguments: Any) -> tuple[Tensor, ...]:
     """``compiled.backward`` on torch's number of threads."""
     return compiled.backward("host", torch.get_num_threads(), *arguments)

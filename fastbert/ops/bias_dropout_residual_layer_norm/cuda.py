@@ -26,6 +26,11 @@ def forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return compiled.forward("device", extension.stream(x), x, *arguments)
 
 
+def output(x: Tensor, *arguments: Any) -> Tensor:
+    """``compiled.output`` on the current stream."""
+    return compiled.output("device", extension.stream(x), x, *arguments)
+
+
 def backward(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """``compiled.backward`` on the current stream."""
     return compiled.backward("device", extension.stream(dy), dy, *arguments)

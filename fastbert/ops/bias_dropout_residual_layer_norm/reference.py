@@ -46,6 +46,20 @@ def forward(
     return y.to(x.dtype).contiguous(), hidden.contiguous(), mean.contiguous(), rstd.contiguous()
 
 
+def output(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    weight: Tensor,
+    ln_bias: Tensor,
+    eps: float,
+    p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """y ``[..., H]`` alone."""
+    return forward(x, bias, residual, weight, ln_bias, eps, p, seed)[0]
+
+
 def backward(
     dy: Tensor,
     dy2: Tensor | None,

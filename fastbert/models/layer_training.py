@@ -1,23 +1,25 @@
-"""A layer from its attention on, for training: one autograd function that keeps less than its parts, and costs less.
+"""A layer in training: one autograd function that keeps less than its parts, and costs less.
 
-With ``qkv`` the queries, keys and values of the layer's input ``x``::
+With ``x`` the layer's input::
 
-    context = attention(qkv)
+    qkv = x Wqkvᵀ + bqkv                      context = attention(qkv)
     z1 = x + dropout(context Woᵀ + bo)        y1 = LayerNorm(z1)
     pre = y1 W1ᵀ + b1                         act = gelu(pre)
     z2 = y1 + dropout(act W2ᵀ + b2)           y2 = LayerNorm(z2)
 
-One by one, these keep qkv, context, z1, y1, pre, act and z2 for their backward: with an intermediate size of 4 H, 15 H
-elements a token. y1 and act are elementwise in z1 and pre: here they are computed again, and 10 H are kept. With x that
-makes 11 H, 22 H bytes in 16 bits. Recomputing what is cheap: Chen et al., arXiv:1604.06174.
+One by one, these keep x, qkv, context, z1, y1, pre, act and z2 for their backward: with an intermediate size of 4 H,
+16 H elements a token. y1 and act are elementwise in z1 and pre: here they are computed again, and 11 H are kept, 22 H
+bytes in 16 bits. Recomputing what is cheap: Chen et al., arXiv:1604.06174.
 
-The two gradients of y1, from the product and from the residual, are added up inside the backward of the LayerNorm. Ops
-are called without PyTorch's dispatcher, which takes a third of a millisecond a layer on a slow host.
+The two gradients of y1, from the product and from the residual, are added up inside the backward of the LayerNorm, and
+those of x inside a product. Ops are called without PyTorch's dispatcher, which takes a third of a millisecond a layer
+on a slow host.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -55,8 +57,14 @@ class Settings(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """What attention takes beside queries, keys and values; see ``ops.attention``."""
+    """How queries, keys and values are made of x, and what attention takes beside them (see ``ops.attention``).
 
+    ``weights`` and ``biases`` are those of query, key and value, or one of all three; without biases there are none.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+    head_size: int
     cu_seqlens: Tensor
     max_seqlen: int
     scale: float
@@ -82,22 +90,22 @@ class _Dtypes(NamedTuple):
     hidden: torch.dtype
 
 
-def from_attention(
-    states: Tensor,
+def layer(
     x: Tensor,
-    attention: Attention | None,
+    attention: Attention | Tensor,
     parameters: Parameters,
     settings: Settings,
     seed1: Tensor | None,
     seed2: Tensor | None,
 ) -> Tensor:
-    """y2 ``[T, H]`` of the formulas above, from ``x`` ``[T, H]`` and ``states``.
+    """y2 ``[T, H]`` of the formulas above, from ``x`` ``[T, H]``.
 
-    These are qkv ``[T, 3, A, D]``; or, where ``attention`` is None, the context ``[T, H]`` that something else has
-    computed. A seed is an int64 with one element; None draws one, where anything is dropped. Under autocast the
-    products run in its dtype, as those of PyTorch do.
+    In place of ``attention`` its result may be given: a context ``[T, H]`` that something else has computed. A seed is
+    an int64 with one element; None draws one, where anything is dropped. Under autocast the products run in its dtype,
+    as those of PyTorch do.
     """
     device = x.device.type
+    states = attention if isinstance(attention, Tensor) else attention.weights[0]
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
     dtypes = _Dtypes(product, torch.promote_types(product, x.dtype))
     p = parameters
@@ -108,17 +116,18 @@ def from_attention(
     casts = (
         product, dtypes.hidden, norms[0], norms[0], product, product, product, dtypes.hidden, norms[1], norms[1],
     )  # fmt: skip
-    tensors = [
-        tensor if tensor is None or tensor.dtype == dtype else tensor.to(dtype)
-        for tensor, dtype in zip(p, casts, strict=True)
-    ]
-    if attention is None:
-        attend, states = None, states.to(product)
+    tensors = [tensor if tensor is None else _cast(tensor, dtype) for tensor, dtype in zip(p, casts, strict=True)]
+    given: list[Tensor] = []
+    attend = call = None
+    if isinstance(attention, Tensor):
+        given.append(_cast(attention, product))
     else:
+        given += [_cast(tensor, product) for tensor in (*attention.weights, *attention.biases)]
         seed = checks.dropout_seed(attention.dropout_p, attention.seed, x.device)
-        attention = attention._replace(seed=seed, dropout_p=0.0 if seed is None else attention.dropout_p)
-        request = select.Request(device, states.dtype, attention.dropout_p, states.shape[3])
-        attend = select.best("attention", request)
+        dropout_p = 0.0 if seed is None else attention.dropout_p
+        # The tensors to be differentiated are arguments of their own.
+        call = attention._replace(weights=(), biases=(), seed=seed, dropout_p=dropout_p)
+        attend = select.best("attention", select.Request(device, product, dropout_p, attention.head_size))
     kernels = _Kernels(
         attend,
         _best(_FUSED, x, dtypes.hidden, settings.p1),
@@ -130,10 +139,16 @@ def from_attention(
     seed1 = checks.dropout_seed(settings.p1, seed1, x.device)
     seed2 = checks.dropout_seed(settings.p2, seed2, x.device)
     # torch gives apply no types.
-    y2: Tensor = _FromAttention.apply(
-        states, x.to(dtypes.hidden), *tensors, seed1, seed2, attention, settings, dtypes, kernels
-    )  # type: ignore[no-untyped-call]
+    y2: Tensor = _Layer.apply(_cast(x, dtypes.hidden), call, settings, dtypes, kernels, seed1, seed2, *tensors, *given)  # type: ignore[no-untyped-call]
     return y2
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat(tuple(tensors)) if len(tensors) > 1 else tensors[0]
 
 
 def _best(op: str, x: Tensor, dtype: torch.dtype, p: float = 0.0) -> Any:
@@ -151,38 +166,49 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 _FUSED = "bias_dropout_residual_layer_norm"
 
 
-class _FromAttention(torch.autograd.Function):
+# The arguments of the function below that come before the parameters.
+_FIRST = 7
+
+
+class _Layer(torch.autograd.Function):
     # With the context as an argument: for a ``setup_context`` torch binds the arguments to their names at every call.
     @staticmethod
-    def forward(ctx: Any, states: Tensor, x: Tensor, *arguments: Any) -> Tensor:
-        *tensors, seed1, seed2, attention, settings, dtypes, kernels = arguments
-        p = Parameters(*tensors)
+    def forward(ctx: Any, x: Tensor, call: Attention | None, *arguments: Any) -> Tensor:
+        settings, dtypes, kernels, seed1, seed2, *tensors = arguments
+        p = Parameters(*tensors[: len(Parameters._fields)])
+        given = tensors[len(Parameters._fields) :]
         with _on(x.device), torch.autocast(x.device.type, enabled=False):
-            context, lse = states, None
-            if attention is not None:
-                context, lse = kernels.attention.forward(states, *attention)
+            qkv = weight = lse = cu_seqlens = seed = None
+            if call is None:
+                (context,) = given
+            else:
+                many = 3 if len(given) >= 3 else 1
+                weight = _joined(given[:many])
+                bias = _joined(given[many:]) if len(given) > many else None
+                qkv = F.linear(_cast(x, dtypes.product), weight, bias)
+                qkv = qkv.view(qkv.shape[0], 3, -1, call.head_size)
+                cu_seqlens, seed = call.cu_seqlens, call.seed
+                context, lse = kernels.attention.forward(
+                    qkv, cu_seqlens, call.max_seqlen, call.scale, call.dropout_p, seed
+                )
                 context = context.flatten(1)
-            projected = F.linear(context.to(dtypes.product), p.out_weight).to(dtypes.hidden)
+            projected = _cast(F.linear(context, p.out_weight), dtypes.hidden)
             y1, z1, mean1, rstd1 = kernels.fused1.forward(
                 projected, p.out_bias, x, p.norm1_weight, p.norm1_bias, settings.eps1, settings.p1, seed1, True
             )
             act, pre = kernels.linear_gelu.forward(
-                y1.to(dtypes.product), p.up_weight, p.up_bias, settings.approximate, True
+                _cast(y1, dtypes.product), p.up_weight, p.up_bias, settings.approximate, True
             )
-            projected = F.linear(act, p.down_weight).to(dtypes.hidden)
+            projected = _cast(F.linear(act, p.down_weight), dtypes.hidden)
             y2: Tensor
             y2, z2, mean2, rstd2 = kernels.fused2.forward(
                 projected, p.down_bias, y1, p.norm2_weight, p.norm2_bias, settings.eps2, settings.p2, seed2, True
             )
-        ctx.attention, ctx.settings, ctx.dtypes, ctx.kernels = None, settings, dtypes, kernels
-        cu_seqlens = seed = None
-        if attention is not None:
-            cu_seqlens, _, _, _, seed = attention
-            # Of its tensors autograd is told, so that it sees whether they change.
-            ctx.attention = attention._replace(cu_seqlens=None, seed=None)
-        weights = (p.out_weight, p.norm1_weight, p.norm1_bias, p.up_weight, p.down_weight, p.norm2_weight)
+        ctx.numbers = None if call is None else (call.max_seqlen, call.scale, call.dropout_p)
+        ctx.settings, ctx.dtypes, ctx.kernels = settings, dtypes, kernels
         ctx.save_for_backward(
-            states, None if attention is None else context, lse, cu_seqlens, seed, *weights, seed1, seed2,
+            x, weight, qkv, context, lse, cu_seqlens, seed, seed1, seed2,
+            p.out_weight, p.norm1_weight, p.norm1_bias, p.up_weight, p.down_weight, p.norm2_weight,
             z1, mean1, rstd1, pre, z2, mean2, rstd2,
         )  # fmt: skip
         return y2
@@ -192,19 +218,21 @@ class _FromAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy2: Tensor) -> tuple[Tensor | None, ...]:
         (
-            states, context, lse, cu_seqlens, seed,
-            out_weight, norm1_weight, norm1_bias, up_weight, down_weight, norm2_weight, seed1, seed2,
+            x, weight, qkv, context, lse, cu_seqlens, seed, seed1, seed2,
+            out_weight, norm1_weight, norm1_bias, up_weight, down_weight, norm2_weight,
             z1, mean1, rstd1, pre, z2, mean2, rstd2,
         ) = ctx.saved_tensors  # fmt: skip
         settings, (product, hidden), kernels = ctx.settings, ctx.dtypes, ctx.kernels
-        needs_states, _, *rest = ctx.needs_input_grad
+        needed = ctx.needs_input_grad
+        needs_x, rest = needed[0], needed[_FIRST:]
         needs = Parameters(*rest[: len(Parameters._fields)])
+        needs_given = rest[len(Parameters._fields) :]
         with _on(z1.device), torch.autocast(z1.device.type, enabled=False):
             dresidual, dprojected, *grads2 = kernels.fused2.backward(
                 dy2, None, z2, norm2_weight, mean2, rstd2, settings.p2, seed2,
                 [needs.down_bias, needs.norm2_weight, needs.norm2_bias],
             )  # fmt: skip
-            dprojected = (dresidual if seed2 is None else dprojected).to(product)
+            dprojected = _cast(dresidual if seed2 is None else dprojected, product)
             ddown = None
             if needs.down_weight:
                 ddown = dprojected.T @ kernels.bias_gelu.forward(pre, None, settings.approximate)
@@ -214,24 +242,33 @@ class _FromAttention(torch.autograd.Function):
             if needs.up_weight:
                 y1, *_ = kernels.layer_norm.forward(z1, norm1_weight, norm1_bias, settings.eps1)
             dy1, dup, dup_bias = kernels.linear_gelu.backward(
-                dact, y1.to(product), up_weight, pre, settings.approximate, [True, needs.up_weight, needs.up_bias]
+                dact, _cast(y1, product), up_weight, pre, settings.approximate, [True, needs.up_weight, needs.up_bias]
             )
             del dact, y1, dprojected
             dx, dprojected, *grads1 = kernels.fused1.backward(
-                dy1.to(hidden), dresidual, z1, norm1_weight, mean1, rstd1, settings.p1, seed1,
+                _cast(dy1, hidden), dresidual, z1, norm1_weight, mean1, rstd1, settings.p1, seed1,
                 [needs.out_bias, needs.norm1_weight, needs.norm1_bias],
             )  # fmt: skip
-            dprojected = (dx if seed1 is None else dprojected).to(product)
-            attended = states if ctx.attention is None else context
-            dout = dprojected.T @ attended.to(product) if needs.out_weight else None
-            dstates: Tensor | None = dprojected @ out_weight if needs_states else None
-            if dstates is not None and ctx.attention is not None:
-                _, max_seqlen, scale, dropout_p, _ = ctx.attention
-                shape = (states.shape[0], *states.shape[2:])
-                dstates = kernels.attention.backward(
-                    dstates.to(states.dtype).view(shape), states, context.view(shape), lse, cu_seqlens, max_seqlen,
-                    scale, dropout_p, seed,
-                )  # fmt: skip
-        gradients = (dout, *grads1, dup, dup_bias, ddown, *grads2)
-        wanted = (gradient if need else None for gradient, need in zip(gradients, needs, strict=True))
-        return dstates, dx, *wanted, None, None, None, None, None, None
+            dprojected = _cast(dx if seed1 is None else dprojected, product)
+            dout = dprojected.T @ context if needs.out_weight else None
+            dgiven: list[Tensor | None] = [None] * len(needs_given)
+            if ctx.numbers is None:
+                if needs_given[0]:
+                    dgiven[0] = dprojected @ out_weight
+            elif needs_x or any(needs_given):
+                max_seqlen, scale, dropout_p = ctx.numbers
+                shape = (qkv.shape[0], *qkv.shape[2:])
+                dqkv = kernels.attention.backward(
+                    (dprojected @ out_weight).view(shape), qkv, context.view(shape), lse, cu_seqlens, max_seqlen, scale,
+                    dropout_p, seed,
+                ).flatten(1)  # fmt: skip
+                many = 3 if len(needs_given) >= 3 else 1
+                if any(needs_given[:many]):
+                    dgiven[:many] = (dqkv.T @ _cast(x, product)).chunk(many)
+                if any(needs_given[many:]):
+                    dgiven[many:] = dqkv.sum(0).chunk(many)
+                if needs_x:
+                    dx = torch.addmm(dx, dqkv, weight) if hidden == product else dx + (dqkv @ weight).to(hidden)
+        gradients = (dout, *grads1, dup, dup_bias, ddown, *grads2, *dgiven)
+        wanted = (gradient if need else None for gradient, need in zip(gradients, rest, strict=True))
+        return dx if needs_x else None, *(None,) * (_FIRST - 1), *wanted

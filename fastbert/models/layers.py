@@ -470,30 +470,53 @@ class BertLayer(upstream.BertLayer):
         differentiable = torch.is_grad_enabled() or self.training
         traced = torch.compiler.is_compiling() or unserved(hidden_states) is not None
         if differentiable and not traced and (plain or self.unfused() is None):
-            attend: Any = self.attention.self
-            attention = None
-            if plain or unusual(attend, BertSelfAttention) is None:
-                states = attend.project(hidden_states, projections)
-                attention = layer_training.Attention(
-                    packing.cu_seqlens, packing.max_seqlen, attend.scaling, attend.dropout_p(), _at(seeds, 0)
-                )
-            else:
-                states, _ = attend(hidden_states, packing=packing, seed=_at(seeds, 0), projections=projections)
             parameters = self._parameters_after_attention()
+            attention: Any
+            if plain or _is_plain_attention(self.attention.self):
+                attention = self._plain_attention(packing, seeds, projections)
+                before = (*attention.weights, *attention.biases)
+            else:
+                attention, _ = self.attention.self(
+                    hidden_states, packing=packing, seed=_at(seeds, 0), projections=projections
+                )
+                before = (attention,)
+            tensors = (hidden_states, *before, *parameters)
             # In training mode always, so that a forward without gradients equals one with them bit for bit.
-            if self.training or any(x is not None and x.requires_grad for x in (states, hidden_states, *parameters)):
-                return self._from_attention(states, hidden_states, attention, parameters, seeds)
-            context = states if attention is None else attend.attend(states, packing, None)
-            attention_output = self.attention.output(context, hidden_states)
-        else:
-            attention_output, _ = self.attention(hidden_states, packing=packing, seeds=seeds, projections=projections)
+            if self.training or any(x is not None and x.requires_grad for x in tensors):
+                return self._one_function(hidden_states, attention, parameters, seeds)
+            if isinstance(attention, Tensor):
+                attention_output = self.attention.output(attention, hidden_states)
+                return self._feed_forward(attention_output, packing.shape[0], None)
+        attention_output, _ = self.attention(hidden_states, packing=packing, seeds=seeds, projections=projections)
         return self._feed_forward(attention_output, packing.shape[0], _at(seeds, 2))
 
-    def _from_attention(
+    def _plain_attention(
+        self, packing: Packing, seeds: Tensor | None, projections: Projections | None
+    ) -> layer_training.Attention:
+        attend: Any = self.attention.self
+        prepacked.drop(attend)
+        weights: tuple[Tensor, ...]
+        biases: tuple[Tensor | None, ...]
+        if projections and (projection := projections.get(attend)):
+            weights, biases = (projection.weight,), (projection.bias,)
+        else:
+            weights = (attend.query.weight, attend.key.weight, attend.value.weight)
+            biases = (attend.query.bias, attend.key.bias, attend.value.bias)
+        return layer_training.Attention(
+            weights,
+            tuple(bias for bias in biases if bias is not None),
+            attend.attention_head_size,
+            packing.cu_seqlens,
+            packing.max_seqlen,
+            attend.scaling,
+            attend.dropout_p(),
+            _at(seeds, 0),
+        )
+
+    def _one_function(
         self,
-        states: Tensor,
         x: Tensor,
-        attention: layer_training.Attention | None,
+        attention: layer_training.Attention | Tensor,
         parameters: layer_training.Parameters,
         seeds: Tensor | None,
     ) -> Tensor:
@@ -505,7 +528,7 @@ class BertLayer(upstream.BertLayer):
         settings = layer_training.Settings(
             first.LayerNorm.eps, dropout_p(first.dropout), second.LayerNorm.eps, dropout_p(second.dropout), approximate
         )
-        return layer_training.from_attention(states, x, attention, parameters, settings, _at(seeds, 1), _at(seeds, 2))
+        return layer_training.layer(x, attention, parameters, settings, _at(seeds, 1), _at(seeds, 2))
 
     def drops(self) -> bool:
         """Whether any of its dropouts drops anything in the present mode."""
@@ -595,10 +618,16 @@ def _is_plain(layer: nn.Module, watched: set[int]) -> bool:
     if not isinstance(layer, BertLayer) or layer.unfused() is not None:
         return False
     attend: Any = layer.attention.self
-    if unusual(attend, BertSelfAttention) is not None or attend.unfused() is not None:
+    if not _is_plain_attention(attend):
         return False
-    weights = (attend.query.weight, attend.key.weight, attend.value.weight)
-    return all(x is None or id(x) in watched for x in (*weights, *layer._parameters_after_attention()))
+    linears = (attend.query, attend.key, attend.value)
+    tensors = (x for linear in linears for x in (linear.weight, linear.bias))
+    return all(x is None or id(x) in watched for x in (*tensors, *layer._parameters_after_attention()))
+
+
+def _is_plain_attention(attention: Any) -> bool:
+    """Whether a self-attention is what it seems, with projections that are one product."""
+    return unusual(attention, BertSelfAttention) is None and attention.unfused() is None
 
 
 def _linear_gelu(owner: nn.Module, dense: nn.Linear, activation: nn.Module, x: Tensor) -> Tensor:

@@ -172,15 +172,15 @@ def test_a_hook_that_is_set_between_two_steps_is_called(part):
 
 def test_attention_is_part_of_the_function_only_where_it_is_what_it_seems(monkeypatch):
     given = []
-    function = layer_training.from_attention
+    function = layer_training.layer
     monkeypatch.setattr(
-        layer_training, "from_attention", lambda *args: given.append(args[2] is not None) or function(*args)
+        layer_training, "layer", lambda *args: given.append(isinstance(args[1], torch.Tensor)) or function(*args)
     )
     fast = twins.twins()[1].train()
     change_attention(fast.encoder.layer[1])
     for _ in range(2):
         step(fast)
-    assert given == [True, False] * 2
+    assert given == [False, True] * 2
 
 
 @pytest.mark.parametrize("frozen", [True, False])

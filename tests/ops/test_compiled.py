@@ -138,13 +138,27 @@ def test_every_triton_kernel(compiled):
     for report in compiled:
         launch, limits = report.launch, kernels.LIMITS[report.capability]
         what = f"{launch.op}.{launch.kernel}, {launch.dtype}, {launch.describe()}, {dict(launch.options)}"
-        assert report.stack == 0, f"{what} spills {report.stack} bytes on {report.capability}"
-        assert not {"LDL", "STL"} & report.instructions.keys(), f"{what} uses local memory on {report.capability}"
+        spills = measured_spills(report)
+        assert report.stack <= spills, f"{what} spills {report.stack} bytes on {report.capability}"
+        if not spills:
+            assert not {"LDL", "STL"} & report.instructions.keys(), f"{what} uses local memory on {report.capability}"
         assert report.shared <= limits.shared_block, f"{what} needs {report.shared} bytes of shared memory"
         assert report.occupancy > 0, what
         check_products(report, what)
         check_persistent(report, what)
         check_accesses(report, what)
+
+
+def measured_spills(report):
+    """The bytes that a thread may spill: none, but where the fastest without a spill took 1.2 to 1.4 times as long.
+
+    That is the backward of attention in float32 with heads of 64, measured on an H200 (docs/performance.md).
+    """
+    launch, constants = report.launch, dict(report.launch.constants)
+    if report.capability != 90 or launch.dtype != "fp32" or constants.get("D") != 64:
+        return 0
+    allowed = {("backward_dq_kernel", True): 128, ("backward_dkv_kernel", False): 32, ("backward_dkv_kernel", True): 96}
+    return allowed.get((launch.kernel, constants.get("DROPOUT")), 0)
 
 
 def check_products(report, what):

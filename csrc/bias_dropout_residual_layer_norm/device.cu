@@ -422,7 +422,7 @@ __global__ void __launch_bounds__(kBackwardThreads<kGroups>, kBackwardBlocks<kVe
 #pragma unroll
         for (int j = 0; j < kGroup; ++j) teams[threadIdx.y * blockDim.x + threadIdx.x][j] = sums[which][group][j];
         __syncthreads();
-        for (int team = 1; threadIdx.y == 0 && team < blockDim.y; ++team) {
+        for (unsigned team = 1; threadIdx.y == 0 && team < blockDim.y; ++team) {
 #pragma unroll
           for (int j = 0; j < kGroup; ++j) sums[which][group][j] += teams[team * blockDim.x + threadIdx.x][j];
         }

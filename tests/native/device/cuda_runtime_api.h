@@ -3,8 +3,8 @@
 // What the CUDA sources use of CUDA, for a compiler of C++ and one thread of the host: device.cu runs as it stands.
 //
 // The blocks of a grid run one after the other. The threads of a block are fibers, which run until they come to a
-// barrier or a shuffle, in ascending or in descending order (FASTBERT_DESCENDING): a missing barrier shows as another
-// result in one of the two. A block whose threads wait for what can't come any more ends the program.
+// barrier or a shuffle, in ascending or in descending order: a missing barrier shows as another result in one of the
+// two. A block whose threads wait for what can't come any more ends the program.
 
 #include <ucontext.h>
 
@@ -18,6 +18,7 @@
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -57,8 +58,7 @@ inline cudaError_t cudaGetDevice(int* device) {
 }
 // Few, so that blocks of a small problem go on to further rows.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  const char* given = std::getenv("FASTBERT_MULTIPROCESSORS");
-  *value = given == nullptr ? 2 : std::atoi(given);
+  *value = 2;
   return cudaSuccess;
 }
 template <typename Kernel>
@@ -81,7 +81,7 @@ T __ldg(const T* from) {
 namespace on_host {
 
 constexpr unsigned kWarp = 32;
-constexpr size_t kStack = 256 * 1024;
+constexpr size_t kStack = 64 * 1024;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "%s\n", what);
@@ -92,7 +92,7 @@ enum class State { kReady, kAtShuffle, kAtBarrier, kDone };
 
 struct Fiber {
   ucontext_t context;
-  std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStack);
+  char* stack = nullptr;
   dim3 thread;
   State state = State::kReady;
   // What it gave to its last two shuffles: a lane may be one ahead of the others.
@@ -112,6 +112,8 @@ struct Block {
 };
 
 inline Block* block = nullptr;
+// The order in which the threads of a block run.
+inline bool descending = false;
 
 // The address sanitizer has to be told which stack is in use.
 inline void before_switch([[maybe_unused]] void** fake, [[maybe_unused]] const void* bottom,
@@ -126,6 +128,17 @@ inline void after_switch([[maybe_unused]] void* fake, [[maybe_unused]] const voi
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fake, bottom, size);
 #endif
+}
+
+// The stack of a thread of the block. All blocks use the same ones.
+inline char* stack_of(size_t thread) {
+  static std::vector<std::unique_ptr<char[]>> stacks;
+  if (stacks.size() <= thread) stacks.resize(thread + 1);
+  if (stacks[thread] == nullptr) stacks[thread] = std::make_unique<char[]>(kStack);
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stacks[thread].get(), kStack);  // what the last fiber left
+#endif
+  return stacks[thread].get();
 }
 
 // From a fiber to the scheduler, which comes back when what is waited for has happened.
@@ -146,7 +159,7 @@ inline void enter() {
 inline void run(Fiber& fiber) {
   block->running = &fiber;
   threadIdx = fiber.thread;
-  before_switch(&block->fake_stack, fiber.stack.get(), kStack);
+  before_switch(&block->fake_stack, fiber.stack, kStack);
   swapcontext(&block->scheduler, &fiber.context);
   after_switch(block->fake_stack, nullptr, nullptr);
 }
@@ -188,12 +201,12 @@ inline void run_block(unsigned threads, const std::function<void()>& body) {
     Fiber& fiber = present.fibers[i];
     fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.stack = stack_of(i);
+    fiber.context.uc_stack.ss_sp = fiber.stack;
     fiber.context.uc_stack.ss_size = kStack;
     fiber.context.uc_link = nullptr;
     makecontext(&fiber.context, enter, 0);
   }
-  static const bool descending = std::getenv("FASTBERT_DESCENDING") != nullptr;
   do {
     for (unsigned i = 0; i < threads; ++i) {
       Fiber& fiber = present.fibers[descending ? threads - 1 - i : i];

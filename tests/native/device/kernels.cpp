@@ -1,5 +1,7 @@
-// The CUDA kernels, compiled for the host with cuda/cuda_runtime_api.h, for a caller that has addresses: see
-// device_on_host.py. `fields` are those of Forward or Backward in their order, less eps and what is of the dropout.
+// The CUDA kernels, compiled for the host with cuda_runtime_api.h beside this, for a caller that has addresses: see
+// on_host.py. `fields` are those of Forward or Backward in their order, less eps and what is of the dropout.
+
+#include <cuda_runtime_api.h>
 
 #include <cstdint>
 
@@ -42,6 +44,8 @@ void call(int function, Fields next, float eps, const Dropout& dropout) {
 }
 
 }  // namespace
+
+extern "C" void fastbert_descending(int descending) { on_host::descending = descending != 0; }
 
 extern "C" void fastbert_call(int function, int dtype, const int64_t* fields, float eps, const int64_t* seed,
                               uint32_t threshold, float scale) {

@@ -53,7 +53,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Two minutes: the host kernels on all sizes under the sanitizers of addresses, undefined behaviour and threads.
+# Five minutes: the host kernels on all sizes under the sanitizers of addresses, undefined behaviour and threads, and
+# faults planted in the CUDA kernels, which run on the host here.
 sanitize: $(READY)
 	$(BIN)/python -m pytest tests/native --everything
 

@@ -275,11 +275,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 def dot_precision(dtype: torch.dtype) -> str:
     """How ``dot`` multiplies float32: by "tf32" where torch allows it in matrix products, otherwise by "tf32x3".
 
-    In 16 bits it makes no difference, and the answer is always the same, so that nothing is compiled twice.
-
     The latter splits each number into two of TF32, which differ from it by at most half a unit of its last place, and
     adds up three of their four products on the tensor cores (Ootomo and Yokota, arXiv:2203.03341). Products that aren't
-    split would leave the tensor cores, and Triton then holds their operands in registers, where they don't fit.
+    split would leave the tensor cores, and Triton then holds their operands in registers, where they don't fit. In 16
+    bits it makes no difference, and the answer is always the same, so that nothing is compiled twice.
     """
     if interpreted():
         return "interpreted"

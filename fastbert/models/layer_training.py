@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastbert import ops  # noqa: F401  registers the ops
 from fastbert.backends import checks, select
@@ -178,7 +177,7 @@ class _Layer(torch.autograd.Function):
         p = Parameters(*tensors[: len(Parameters._fields)])
         given = tensors[len(Parameters._fields) :]
         with _on(x.device), torch.autocast(x.device.type, enabled=False):
-            qkv = weight = lse = cu_seqlens = seed = None
+            qkv = lse = cu_seqlens = seed = None
             if call is None:
                 (context,) = given
             else:
@@ -186,7 +185,7 @@ class _Layer(torch.autograd.Function):
                 weight = _joined(given[:many])
                 bias = _joined(given[many:]) if len(given) > many else None
                 qkv = F.linear(_cast(x, dtypes.product), weight, bias)
-                qkv = qkv.view(qkv.shape[0], 3, -1, call.head_size)
+                qkv = qkv.view(qkv.shape[0], 3, qkv.shape[1] // (3 * call.head_size), call.head_size)
                 cu_seqlens, seed = call.cu_seqlens, call.seed
                 context, lse = kernels.attention.forward(
                     qkv, cu_seqlens, call.max_seqlen, call.scale, call.dropout_p, seed
@@ -206,69 +205,90 @@ class _Layer(torch.autograd.Function):
             )
         ctx.numbers = None if call is None else (call.max_seqlen, call.scale, call.dropout_p)
         ctx.settings, ctx.dtypes, ctx.kernels = settings, dtypes, kernels
-        ctx.save_for_backward(
-            x, weight, qkv, context, lse, cu_seqlens, seed, seed1, seed2,
-            p.out_weight, p.norm1_weight, p.norm1_bias, p.up_weight, p.down_weight, p.norm2_weight,
-            z1, mean1, rstd1, pre, z2, mean2, rstd2,
-        )  # fmt: skip
+        made = (qkv, context, lse, z1, mean1, rstd1, pre, z2, mean2, rstd2)
+        ctx.save_for_backward(cu_seqlens, seed, seed1, seed2, *made, x, *tensors)
         return y2
 
-    # Kernels record nothing: without this a second derivative would be wrong instead of refused.
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy2: Tensor) -> tuple[Tensor | None, ...]:
-        (
-            x, weight, qkv, context, lse, cu_seqlens, seed, seed1, seed2,
-            out_weight, norm1_weight, norm1_bias, up_weight, down_weight, norm2_weight,
-            z1, mean1, rstd1, pre, z2, mean2, rstd2,
-        ) = ctx.saved_tensors  # fmt: skip
-        settings, (product, hidden), kernels = ctx.settings, ctx.dtypes, ctx.kernels
-        needed = ctx.needs_input_grad
-        needs_x, rest = needed[0], needed[_FIRST:]
-        needs = Parameters(*rest[: len(Parameters._fields)])
-        needs_given = rest[len(Parameters._fields) :]
-        with _on(z1.device), torch.autocast(z1.device.type, enabled=False):
-            dresidual, dprojected, *grads2 = kernels.fused2.backward(
-                dy2, None, z2, norm2_weight, mean2, rstd2, settings.p2, seed2,
-                [needs.down_bias, needs.norm2_weight, needs.norm2_bias],
-            )  # fmt: skip
-            dprojected = _cast(dresidual if seed2 is None else dprojected, product)
-            ddown = None
-            if needs.down_weight:
-                ddown = dprojected.T @ kernels.bias_gelu.forward(pre, None, settings.approximate)
-            dact = dprojected @ down_weight
-            # Only its shape counts where the weight needs no gradient.
-            y1 = z1
-            if needs.up_weight:
-                y1, *_ = kernels.layer_norm.forward(z1, norm1_weight, norm1_bias, settings.eps1)
-            dy1, dup, dup_bias = kernels.linear_gelu.backward(
-                dact, _cast(y1, product), up_weight, pre, settings.approximate, [True, needs.up_weight, needs.up_bias]
-            )
-            del dact, y1, dprojected
-            dx, dprojected, *grads1 = kernels.fused1.backward(
-                _cast(dy1, hidden), dresidual, z1, norm1_weight, mean1, rstd1, settings.p1, seed1,
-                [needs.out_bias, needs.norm1_weight, needs.norm1_bias],
-            )  # fmt: skip
-            dprojected = _cast(dx if seed1 is None else dprojected, product)
-            dout = dprojected.T @ context if needs.out_weight else None
-            dgiven: list[Tensor | None] = [None] * len(needs_given)
-            if ctx.numbers is None:
-                if needs_given[0]:
-                    dgiven[0] = dprojected @ out_weight
-            elif needs_x or any(needs_given):
-                max_seqlen, scale, dropout_p = ctx.numbers
-                shape = (qkv.shape[0], *qkv.shape[2:])
-                dqkv = kernels.attention.backward(
-                    (dprojected @ out_weight).view(shape), qkv, context.view(shape), lse, cu_seqlens, max_seqlen, scale,
-                    dropout_p, seed,
-                ).flatten(1)  # fmt: skip
-                many = 3 if len(needs_given) >= 3 else 1
-                if any(needs_given[:many]):
-                    dgiven[:many] = (dqkv.T @ _cast(x, product)).chunk(many)
-                if any(needs_given[many:]):
-                    dgiven[many:] = dqkv.sum(0).chunk(many)
-                if needs_x:
-                    dx = torch.addmm(dx, dqkv, weight) if hidden == product else dx + (dqkv @ weight).to(hidden)
-        gradients = (dout, *grads1, dup, dup_bias, ddown, *grads2, *dgiven)
-        wanted = (gradient if need else None for gradient, need in zip(gradients, rest, strict=True))
-        return dx if needs_x else None, *(None,) * (_FIRST - 1), *wanted
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            gradients = _gradients(ctx, saved, dy2)
+        if torch.is_grad_enabled():
+            # Kernels record nothing: without this a second derivative would be wrong instead of refused.
+            given = [x for x in (dy2, *saved) if x is not None and x.requires_grad]
+            once: Any = _Once.apply
+            found = iter(once(len(given), *given, *(x for x in gradients if x is not None)))
+            gradients = tuple(None if x is None else next(found) for x in gradients)
+        return gradients
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as they are, which depend on ``count`` tensors in a way that can't be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise RuntimeError("a fused layer has no second derivative: its backward can't be differentiated")
+
+
+def _gradients(ctx: Any, saved: tuple[Any, ...], dy2: Tensor) -> tuple[Tensor | None, ...]:
+    """Of every argument of ``_Layer``, None where it needs none."""
+    (
+        cu_seqlens, seed, seed1, seed2, qkv, context, lse, z1, mean1, rstd1, pre, z2, mean2, rstd2, x, *tensors,
+    ) = saved  # fmt: skip
+    settings, (product, hidden), kernels = ctx.settings, ctx.dtypes, ctx.kernels
+    p, given = Parameters(*tensors[: len(Parameters._fields)]), tensors[len(Parameters._fields) :]
+    needed = ctx.needs_input_grad
+    needs_x, rest = needed[0], needed[_FIRST:]
+    needs = Parameters(*rest[: len(Parameters._fields)])
+    needs_given = rest[len(Parameters._fields) :]
+    with _on(z1.device), torch.autocast(z1.device.type, enabled=False):
+        dresidual, dprojected, *grads2 = kernels.fused2.backward(
+            dy2, None, z2, p.norm2_weight, mean2, rstd2, settings.p2, seed2,
+            [needs.down_bias, needs.norm2_weight, needs.norm2_bias],
+        )  # fmt: skip
+        dprojected = _cast(dresidual if seed2 is None else dprojected, product)
+        ddown = None
+        if needs.down_weight:
+            ddown = dprojected.T @ kernels.bias_gelu.forward(pre, None, settings.approximate)
+        dact = dprojected @ p.down_weight
+        # Only its shape counts where the weight needs no gradient.
+        y1 = z1
+        if needs.up_weight:
+            y1, *_ = kernels.layer_norm.forward(z1, p.norm1_weight, p.norm1_bias, settings.eps1)
+        dy1, dup, dup_bias = kernels.linear_gelu.backward(
+            dact, _cast(y1, product), p.up_weight, pre, settings.approximate, [True, needs.up_weight, needs.up_bias]
+        )
+        del dact, y1, dprojected
+        dx, dprojected, *grads1 = kernels.fused1.backward(
+            _cast(dy1, hidden), dresidual, z1, p.norm1_weight, mean1, rstd1, settings.p1, seed1,
+            [needs.out_bias, needs.norm1_weight, needs.norm1_bias],
+        )  # fmt: skip
+        dprojected = _cast(dx if seed1 is None else dprojected, product)
+        dout = dprojected.T @ context if needs.out_weight else None
+        dgiven: list[Tensor | None] = [None] * len(needs_given)
+        if ctx.numbers is None:
+            if needs_given[0]:
+                dgiven[0] = dprojected @ p.out_weight
+        elif needs_x or any(needs_given):
+            max_seqlen, scale, dropout_p = ctx.numbers
+            shape = (qkv.shape[0], *qkv.shape[2:])
+            dqkv = kernels.attention.backward(
+                (dprojected @ p.out_weight).view(shape), qkv, context.view(shape), lse, cu_seqlens, max_seqlen, scale,
+                dropout_p, seed,
+            ).flatten(1)  # fmt: skip
+            many = 3 if len(needs_given) >= 3 else 1
+            if any(needs_given[:many]):
+                dgiven[:many] = (dqkv.T @ _cast(x, product)).chunk(many)
+            if any(needs_given[many:]):
+                dgiven[many:] = dqkv.sum(0).chunk(many)
+            if needs_x:
+                weight = _joined(given[:many])
+                dx = torch.addmm(dx, dqkv, weight) if hidden == product else dx + (dqkv @ weight).to(hidden)
+    gradients = (dout, *grads1, dup, dup_bias, ddown, *grads2, *dgiven)
+    wanted = (gradient if need else None for gradient, need in zip(gradients, rest, strict=True))
+    return dx if needs_x else None, *(None,) * (_FIRST - 1), *wanted

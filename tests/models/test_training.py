@@ -190,7 +190,7 @@ def test_second_derivative_is_refused():
     output = fast(**twins.batch()).last_hidden_state
     weight = fast.encoder.layer[1].output.dense.weight
     (gradient,) = torch.autograd.grad(output.square().sum(), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
 
 
@@ -404,7 +404,7 @@ def test_second_derivatives_raise():
     (gradient,) = torch.autograd.grad(loss_of(fast, inputs), weight, create_graph=True)
     twins.assert_packed(fast)
     assert torch.equal(gradient, expected)
-    with pytest.raises(RuntimeError, match=r"has no second derivative|once_differentiable"):
+    with pytest.raises(RuntimeError, match="has no second derivative"):
         gradient.square().sum().backward()
 
 

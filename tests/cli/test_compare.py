@@ -10,6 +10,7 @@ from transformers import BertConfig
 
 from fastbert.cli import parity
 from fastbert.models import whole_layer
+from fastbert.ops.bias_dropout_residual_layer_norm import cpu as fused
 from fastbert.ops.layer_norm import torch as layer_norm
 
 
@@ -29,14 +30,21 @@ def compare(checkpoint, tmp_path):
 
 
 def _spoil(monkeypatch, change):
-    """Make fastbert's LayerNorm wrong, forward, and that of a layer in one call."""
-    forward, whole = layer_norm.forward, whole_layer.forward
+    """Make fastbert's LayerNorm wrong, forward: alone, after a residual, and in a layer that is one call.
 
-    def spoilt(*args):
-        output, *saved = forward(*args)
-        return change(output), *saved
+    Which of them runs depends on the dtype and the processor.
+    """
 
-    monkeypatch.setattr(layer_norm, "forward", spoilt)
+    def spoilt(forward):
+        def run(*args):
+            output, *saved = forward(*args)
+            return change(output), *saved
+
+        return run
+
+    whole = whole_layer.forward
+    monkeypatch.setattr(layer_norm, "forward", spoilt(layer_norm.forward))
+    monkeypatch.setattr(fused, "forward", spoilt(fused.forward))
     monkeypatch.setattr(whole_layer, "forward", lambda *args: change(whole(*args)))
 
 

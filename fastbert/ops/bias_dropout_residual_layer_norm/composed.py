@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -34,19 +35,9 @@ def forward(
     return y, hidden, mean, rstd
 
 
-def output(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    ln_bias: Tensor,
-    eps: float,
-    p: float,
-    seed: Tensor | None,
-) -> Tensor:
-    """y ``[..., H]`` alone."""
-    y: Tensor = forward(x, bias, residual, weight, ln_bias, eps, p, seed, True)[0]
-    return y
+def output(*arguments: Any) -> Tensor:
+    """y ``[..., H]`` alone, from the arguments of ``forward`` less the last."""
+    return forward(*arguments, needs_backward=True)[0]
 
 
 def backward(

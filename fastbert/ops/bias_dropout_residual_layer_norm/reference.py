@@ -19,6 +19,8 @@ supports     every device, floating dtype, size and stride
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from fastbert.backends import philox
@@ -46,18 +48,9 @@ def forward(
     return y.to(x.dtype).contiguous(), hidden.contiguous(), mean.contiguous(), rstd.contiguous()
 
 
-def output(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor,
-    weight: Tensor,
-    ln_bias: Tensor,
-    eps: float,
-    p: float,
-    seed: Tensor | None,
-) -> Tensor:
-    """y ``[..., H]`` alone."""
-    return forward(x, bias, residual, weight, ln_bias, eps, p, seed)[0]
+def output(*arguments: Any) -> Tensor:
+    """y ``[..., H]`` alone, from the arguments of ``forward`` less the last."""
+    return forward(*arguments)[0]
 
 
 def backward(

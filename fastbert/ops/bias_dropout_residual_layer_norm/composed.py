@@ -37,7 +37,8 @@ def forward(
 
 def output(*arguments: Any) -> Tensor:
     """y ``[..., H]`` alone, from the arguments of ``forward`` less the last."""
-    return forward(*arguments, needs_backward=True)[0]
+    given: Any = (*arguments, True)  # needs_backward
+    return forward(*given)[0]
 
 
 def backward(

@@ -43,7 +43,7 @@ demo: $(DEMO)
 
 test: lint
 	$(PYTEST) --dist=loadfile --no-loadscope-reorder tests
-	TRITON_INTERPRET=1 $(PYTEST) --dist=worksteal tests/ops tests/models/test_kernels.py tests/models/test_encoder_inference.py
+	$(PYTEST) --triton --dist=worksteal tests/ops tests/models/test_kernels.py tests/models/test_encoder_inference.py
 
 test-versions: $(READY)
 	$(BIN)/python tests/versions.py $(addprefix --only ,$(ONLY))

@@ -132,19 +132,18 @@ def launches(op: str, made: Iterable[Call], capability: int) -> list[Launch]:
     found: dict[Launch, None] = {}
 
     def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        found[_launch(op, kernel, args, kwargs)] = None
+        found[launch_of(op, kernel, args, kwargs)] = None
 
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(triton_utils, "capability", return_value=capability),
-        mock.patch.object(triton_utils, "interpreted", return_value=False),
     ):
         for call in made:
             call(torch.device("meta"))()
     return list(found)
 
 
-def _launch(op: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+def launch_of(op: str, kernel: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
     """As Triton's own launcher: None and the number 1 become constants, multiples of 16 are remembered as such."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -178,6 +177,7 @@ _POINTERS = {
     torch.float32: "fp32",
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
+    torch.float64: "fp64",
     torch.int8: "i8",
     torch.int16: "i16",
     torch.int32: "i32",

@@ -15,15 +15,17 @@ from fastbert.backends import select
 def pytest_addoption(parser):
     help = "write the outcomes of tests, and the errors of parity checks on a GPU, as each test ends"
     parser.addoption("--parity-json", metavar="FOLDER", help=help)
+    help = "run Triton's kernels on the CPU, as its compiler makes them for a GPU, with bounds and races checked"
+    parser.addoption("--triton", action="store_true", help=help)
 
 
 def pytest_configure(config):
     if folder := config.getoption("--parity-json"):
         config.pluginmanager.register(Kept(Path(folder)))
-    if select._INTERPRETING:
-        import interpreter  # imports Triton
+    if config.getoption("--triton"):
+        from triton_ir import launches  # imports Triton
 
-        interpreter.speed_up()
+        launches.install()
     else:
         # The kernels of the host divide their work, also where OMP_NUM_THREADS=1 holds for processes that tests start.
         torch.set_num_threads(2)
@@ -72,15 +74,15 @@ def pytest_collection_modifyitems(config, items):
         gpu = [item for item in items if item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if not item.get_closest_marker("gpu")]
-    reasons = {}
+    if config.getoption("--triton"):
+        others = [item for item in items if not item.get_closest_marker("triton")]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item.get_closest_marker("triton")]
     if not torch.cuda.is_available():
-        reasons["gpu"] = "needs a CUDA device, and there is none"
-    if next(select.needs_triton(select.Request("cpu", torch.float32)), None) is None:
-        reasons["many_programs"] = "Triton's interpreter runs one program after the other, and these are too many"
-    for item in items:
-        for mark, reason in reasons.items():
-            if item.get_closest_marker(mark):
-                item.add_marker(pytest.mark.skip(reason=reason))
+        skip = pytest.mark.skip(reason="needs a CUDA device, and there is none")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
     # Several processes take a file each, in this order: none is left with a slow one at the end.
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

@@ -37,7 +37,6 @@ _MODELS = (
     "tests/hugging_face/test_common.py",
 )
 _KERNELS = ("tests/ops", "tests/models/test_kernels.py")
-_INTERPRETED = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
 
 
 class UnavailableError(Exception):
@@ -45,9 +44,9 @@ class UnavailableError(Exception):
 
 
 class Run(NamedTuple):
-    """One call of pytest: its files, and what the environment has besides."""
+    """One call of pytest: its arguments, and what the environment has besides."""
 
-    files: tuple[str, ...]
+    arguments: tuple[str, ...]
     variables: Mapping[str, str]
 
 
@@ -55,7 +54,7 @@ class Run(NamedTuple):
 RUNS = {
     "torch": (Run((*_MODELS, "tests/ops"), {}),),
     "transformers": (Run(_MODELS, {}),),
-    "triton": (Run(("tests/ops/test_compiled.py",), {}), Run(_KERNELS, _INTERPRETED)),
+    "triton": (Run(("tests/ops/test_compiled.py",), {}), Run(("--triton", *_KERNELS), {"OMP_NUM_THREADS": "1"})),
 }
 
 
@@ -136,11 +135,11 @@ def examine(package: str, end: str) -> dict[str, str]:
     versions = environment.versions()
     print(f"== {package}, {end}: " + ", ".join(" ".join(pair) for pair in versions.items()), flush=True)
     for run in RUNS[package]:
-        if "tests/hugging_face/test_common.py" in run.files:
+        if "tests/hugging_face/test_common.py" in run.arguments:
             # Where it can't be had pytest would skip those tests; here that would pass for success.
             fetch = "import sys; sys.path.insert(0, 'tests'); from hugging_face import sdist; sdist.fetch()"
             environment.run("-c", fetch, check=True)
-        environment.run("-m", "pytest", "-q", "-p", "no:cacheprovider", *run.files, variables=run.variables, check=True)
+        environment.run("-m", "pytest", "-q", "-p", "no:cacheprovider", *run.arguments, variables=run.variables, check=True)
     # Triton's kernels run in its own runs only.
     return {name: version for name, version in versions.items() if name != "triton" or package == "triton"}
 

@@ -187,14 +187,10 @@ def needs_cuda_extension(request: Request) -> Iterator[str]:
 
 
 def needs_triton(request: Request) -> Iterator[str]:
-    """Reasons if Triton kernels can't run on the request's device: a GPU, or the CPU in Triton's interpreter."""
-    if request.device == "cpu":
-        if not _INTERPRETING:
-            yield "it runs on cuda (on the cpu only in Triton's slow interpreter, with TRITON_INTERPRET=1 set)"
-    elif request.device != "cuda":
-        yield f"it runs on cuda, and the tensors are on {request.device}"
-    elif _INTERPRETING:
-        yield "TRITON_INTERPRET=1 is set, and Triton's interpreter is for tensors on the cpu"
+    """Reasons if Triton kernels can't run on the request's device."""
+    yield from needs_device(request, _TRITON_DEVICE)
+    if _INTERPRETING:
+        yield "TRITON_INTERPRET=1 is set, and Triton's interpreter doesn't know the assembly in these kernels"
     if reason := _missing_triton():
         yield reason
 
@@ -211,6 +207,8 @@ def _is_on(value: str) -> bool:
     return value.lower() in ("1", "true", "on", "yes", "y")
 
 
+# Tests have another one: they run what the compiler makes for a GPU on the CPU.
+_TRITON_DEVICE = "cuda"
 # As Triton does, at import: its kernels are made for the interpreter or for a GPU once and for all.
 _INTERPRETING = _is_on(os.environ.get("TRITON_INTERPRET", ""))
 

@@ -2,9 +2,6 @@
 
 Only modules with kernels import this file, so that everything else works without Triton. ``backends/philox.py`` is the
 oracle of the draws.
-
-With ``TRITON_INTERPRET=1`` in the environment before the first import, Triton runs every kernel in its interpreter, on
-the CPU: slow, and exact enough to test them without a GPU.
 """
 
 from __future__ import annotations
@@ -23,10 +20,6 @@ jit: Any = triton.jit
 # The models' seeds are elements of one tensor, every other of them at a multiple of 16 bytes. A kernel isn't compiled
 # twice for that.
 SEEDS = ("seed_ptr",)
-
-# As Triton does, at import: its kernels are made for the interpreter or for a GPU once and for all.
-_INTERPRETED = bool(triton.knobs.runtime.interpret)
-_COMPILED = tl.constexpr(not _INTERPRETED)
 
 
 @jit
@@ -105,9 +98,7 @@ def attention_draws(
     key_group = (first_key >> 2 ^ key_i * 4 + key_k).to(tl.uint32)
     w0, w1, w2, w3 = _philox4x32(seed, head.to(tl.uint32), key_group, sequence.to(tl.uint32), query_group)
     word = tl.where(query_j == 0, tl.where(key_j == 0, w0, w1), tl.where(key_j == 0, w2, w3))
-    if not _COMPILED:
-        draws = (word >> (key_l * 16).to(tl.uint32)).to(tl.uint16)
-    elif TRANSPOSED:
+    if TRANSPOSED:
         args = [word, (key_l * 0x22).to(tl.uint16)]
         draws = tl.inline_asm_elementwise(_HALVES, "=r,r,r,r", args, dtype=tl.uint16, is_pure=True, pack=2)
     else:
@@ -144,15 +135,11 @@ def attention_drop(x, draws, threshold):
     """
     few = threshold < 16384
     bound = tl.where(few, threshold, 32768 - threshold)
-    if _COMPILED:
-        args = [x, draws, bound.to(tl.uint16), tl.where(few, 0xFFFF, 0).to(tl.uint16)]
-        if x.dtype == tl.float32:
-            return tl.inline_asm_elementwise(_DROP_32, "=r,=r,r,r,r,r,r", args, dtype=tl.float32, is_pure=True, pack=2)
-        else:
-            return tl.inline_asm_elementwise(_DROP_16, "=r,r,r,r,r", args, dtype=x.dtype, is_pure=True, pack=2)
+    args = [x, draws, bound.to(tl.uint16), tl.where(few, 0xFFFF, 0).to(tl.uint16)]
+    if x.dtype == tl.float32:
+        return tl.inline_asm_elementwise(_DROP_32, "=r,=r,r,r,r,r,r", args, dtype=tl.float32, is_pure=True, pack=2)
     else:
-        keep = ((draws & 0x7FFF).to(tl.int32) >= bound) != few
-        return tl.where(keep, x, 0.0)
+        return tl.inline_asm_elementwise(_DROP_16, "=r,r,r,r,r", args, dtype=x.dtype, is_pure=True, pack=2)
 
 
 @jit
@@ -219,15 +206,8 @@ def gelu_grad(x, TANH: tl.constexpr, SHORT: tl.constexpr):
     return phi + x * density
 
 
-def interpreted() -> bool:
-    """Whether Triton runs kernels in its interpreter, on the CPU."""
-    return _INTERPRETED
-
-
 def capability() -> int:
-    """The compute capability of the present CUDA device times ten: 90 for Hopper; 0 in the interpreter."""
-    if interpreted():
-        return 0
+    """The compute capability of the present CUDA device times ten: 90 for Hopper."""
     of_all = _capability_of_all()
     return _capability_of(torch.cuda.current_device()) if of_all is None else of_all
 
@@ -252,24 +232,9 @@ def multiprocessors(device: torch.device) -> int:
 
 
 @jit
-def _tf32(x):
-    """``x`` rounded to TF32, ties away from zero."""
-    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
-
-
-@jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """``acc + a @ b`` in float32; ``acc`` may be None, ``PRECISION`` is that of ``dot_precision``."""
-    if PRECISION == "interpreted":
-        if a.dtype == tl.float32:  # what the compiler makes of tf32x3
-            a_high, b_high = _tf32(a), _tf32(b)
-            acc = tl.dot(_tf32(a - a_high), b_high, acc)
-            acc = tl.dot(a_high, _tf32(b - b_high), acc)
-            return tl.dot(a_high, b_high, acc)
-        else:  # the interpreter's product takes bfloat16 for integers
-            return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -280,8 +245,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     split would leave the tensor cores, and Triton then holds their operands in registers, where they don't fit. In 16
     bits it makes no difference, and the answer is always the same, so that nothing is compiled twice.
     """
-    if interpreted():
-        return "interpreted"
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "tf32x3"
 

@@ -144,7 +144,7 @@ def test_the_kit_knows_the_arguments_of_the_parity_tests(collection):
 
 needs_compiler = pytest.mark.skipif(
     next(select.needs_triton(select.Request("cuda", torch.float32)), None) is not None,
-    reason="Triton can't be imported, or interprets its kernels: there is nothing to compile",
+    reason="Triton can't be imported: there is nothing to compile",
 )
 
 

@@ -1,4 +1,4 @@
-"""Inference through the encoder without its modules' forwards: on a GPU, or in Triton's interpreter."""
+"""Inference through the encoder without its modules' forwards: on a GPU, or with ``--triton``."""
 
 import copy
 from collections import Counter
@@ -13,7 +13,7 @@ from fastbert.models import encoder_inference, layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASON = next(select.needs_triton(select.Request(DEVICE, torch.float32)), None)
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=f"Triton's kernels: {REASON}")]
+pytestmark = [pytest.mark.triton, pytest.mark.skipif(REASON is not None, reason=f"Triton's kernels: {REASON}")]
 if DEVICE == "cuda":
     pytestmark.append(pytest.mark.gpu)
 

@@ -454,7 +454,6 @@ def _kernels_of(op, monkeypatch):
     launched = []
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, grid, warmup, **options: launched.append(kernel))
     monkeypatch.setattr(triton_utils, "capability", lambda: 90)
-    monkeypatch.setattr(triton_utils, "interpreted", lambda: False)
     meta = torch.device("meta")
     if op == "fastbert::attention":
         call = calls.attention(12, 64, torch.bfloat16, 128, 0.0, False, meta)

@@ -1,4 +1,4 @@
-"""The whole BERT, forward and backward, through the Triton kernels: on a GPU, or in Triton's interpreter."""
+"""The whole BERT, forward and backward, through the Triton kernels: on a GPU, or with ``--triton``."""
 
 import parity
 import pytest
@@ -10,7 +10,7 @@ from fastbert.models import layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASON = next(select.needs_triton(select.Request(DEVICE, torch.float32)), None)
-pytestmark = [pytest.mark.skipif(REASON is not None, reason=f"Triton's kernels: {REASON}")]
+pytestmark = [pytest.mark.triton, pytest.mark.skipif(REASON is not None, reason=f"Triton's kernels: {REASON}")]
 if DEVICE == "cuda":
     pytestmark.append(pytest.mark.gpu)
 

@@ -56,9 +56,8 @@ def run(library: Path, *options: str) -> subprocess.CompletedProcess[str]:
         "FASTBERT_DEVICE_LIBRARY": str(library),
         "LD_PRELOAD": " ".join(loaded),
         "PYTHONPATH": str(ROOT / "tests"),
-        "TRITON_INTERPRET": "1",
     }
-    command = [sys.executable, "-m", "pytest", "-qsx", "-p", "no:cacheprovider", str(DEVICE / "cases.py"), *options]
+    command = [sys.executable, "-m", "pytest", "-qsx", "-p", "no:cacheprovider", "--triton", str(DEVICE / "cases.py"), *options]
     return subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )

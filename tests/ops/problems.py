@@ -26,11 +26,10 @@ from fastbert.ops.linear_gelu import reference as linear_gelu_reference
 SEED = 0x1234_5678_9ABC_DEF0
 EPS = 1e-12
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-# Those that run Triton's kernels.
-INTERPRETED = {"triton", "persistent", "by_shape", "cublas_triton"}
-# What Triton's interpreter takes grows with the programs of a launch: there, fewer sequences and tokens.
-LENGTHS = (3, 0, 37) if select._INTERPRETING else (3, 0, 37, 1, 19)
-TOKENS = 20 if select._INTERPRETING else 60
+# Those with Triton's kernels.
+BY_TRITON = {"triton", "persistent", "by_shape", "cublas_triton"}
+LENGTHS = (3, 0, 37, 1, 19)
+TOKENS = 60
 
 
 @dataclass
@@ -52,13 +51,13 @@ class Problem:
     def implementations(self) -> list[str]:
         """The names of those that can serve it on a CPU.
 
-        In Triton's interpreter, those with its kernels and the reference: the others run without it too, and faster.
+        Where Triton's kernels are run on the CPU, those and the reference: the others run elsewhere.
         """
         first = next(iter(self.tensors.values()))
         rows = select.table(self.op).explain(select.Request("cpu", first.dtype, self.dropout_p))
         names = [row.implementation for row in rows if not row.reasons]
-        if select._INTERPRETING and not INTERPRETED.isdisjoint(names):
-            names = [name for name in names if name in INTERPRETED or name == "reference"]
+        if not BY_TRITON.isdisjoint(names):
+            names = [name for name in names if name in BY_TRITON or name == "reference"]
         return names
 
     def check(self, *implementations: str, roundings: int = 1) -> None:
@@ -303,3 +302,5 @@ MAKERS: dict[str, Callable[..., Problem]] = {
     "embedding_layer_norm": embedding_layer_norm,
     "embedding_layer_norm-none": functools.partial(embedding_layer_norm, p=0.0),
 }
+if select._TRITON_DEVICE == "cpu":
+    MAKERS = {name: maker for name, maker in MAKERS.items() if not BY_TRITON.isdisjoint(maker().implementations())}

@@ -47,7 +47,6 @@ def test_empty_batch_case_11(shape):
     bias_dropout_residual_layer_norm(shape).check()
 
 
-@pytest.mark.many_programs
 def test_more_than_65536_rows_case_20():
     bias_dropout_residual_layer_norm((65_537, 9)).check()
 

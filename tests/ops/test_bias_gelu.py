@@ -9,6 +9,7 @@ from ops.problems import bias_gelu
 from fastbert import ops
 from fastbert.backends import select
 
+pytestmark = pytest.mark.triton
 implementations = pytest.mark.parametrize("impl", bias_gelu().implementations())
 forms = pytest.mark.parametrize("approximate", ["none", "tanh"])
 
@@ -25,7 +26,6 @@ def test_empty_batch_case_11(shape):
     bias_gelu(shape).check()
 
 
-@pytest.mark.many_programs
 def test_more_than_65536_rows_case_20():
     bias_gelu((65_537, 9)).check()
 

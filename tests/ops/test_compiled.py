@@ -20,8 +20,6 @@ from fastbert.backends import extension, select
 from fastbert.backends.launch import table
 
 pytest.importorskip("triton", reason="Triton can't be imported: its kernels can't be compiled")
-if next(select.needs_triton(select.Request("cpu", torch.float32)), None) is None:
-    pytest.skip("TRITON_INTERPRET=1 is set: there is nothing to compile", allow_module_level=True)
 
 # Tensors that a memory-bound kernel reads and writes by whole rows.
 MEMORY_BOUND = {

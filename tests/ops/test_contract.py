@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastbert.backends import select
 
+pytestmark = pytest.mark.triton
 makers = pytest.mark.parametrize("maker", problems.MAKERS.values(), ids=problems.MAKERS)
 dtypes = pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
 DROPPING = [name for name in problems.MAKERS if problems.MAKERS[name]().dropout_p > 0.0]
@@ -284,8 +285,7 @@ def test_repeats_are_bitwise_equal_case_31(maker):
     for impl in problem.implementations():
         function = functools.partial(problem.actual, impl=impl)
         first_output, first = parity.results(function, problem.tensors, problem.dy)
-        # The interpreter runs one program after the other, the same way each time.
-        for _ in range(2 if select._INTERPRETING else 20):
+        for _ in range(20):
             output, gradients = parity.results(function, problem.tensors, problem.dy)
             assert torch.equal(output, first_output)
             assert all(torch.equal(gradients[name], first[name]) for name in first)
@@ -330,13 +330,6 @@ def test_checkpoint_case_28(name, use_reentrant):
     assert all(torch.equal(x, y) for x, y in zip(checkpointed, plain, strict=True))
 
 
-one_thread_at_a_time = pytest.mark.skipif(
-    next(select.needs_triton(select.Request("cpu", torch.float32)), None) is None,
-    reason="Triton's interpreter keeps the running program in globals: one thread at a time",
-)
-
-
-@one_thread_at_a_time
 @makers
 def test_threads_case_33(maker):
     """Eight threads at once compute what one does."""
@@ -392,7 +385,7 @@ COLD = textwrap.dedent(
 )
 
 
-@one_thread_at_a_time
+@pytest.mark.skipif(select._TRITON_DEVICE == "cpu", reason="a new process has Triton's kernels for a GPU")
 def test_threads_with_cold_caches_case_33():
     """The first calls of a process, eight at a time: implementations and the extension load in them."""
     done = subprocess.run([sys.executable, "-c", COLD], capture_output=True, text=True, timeout=300)
@@ -424,7 +417,7 @@ def test_the_first_result_alone_has_a_gradient(maker):
         assert not [name for name in before if "zeros" in name]
 
 
-@pytest.mark.parametrize("name", ["linear_gelu", "bias_dropout_residual_layer_norm"])
+@pytest.mark.parametrize("name", sorted({"linear_gelu", "bias_dropout_residual_layer_norm"} & problems.MAKERS.keys()))
 def test_nothing_is_kept_where_there_is_no_backward(name):
     problem = problems.MAKERS[name]()
     for impl in problem.implementations():

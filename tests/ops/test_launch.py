@@ -21,11 +21,6 @@ from fastbert.ops.layer_norm import triton as layer_norm
 from fastbert.ops.linear_gelu import by_shape, persistent
 from fastbert.ops.linear_gelu import triton as linear_gelu
 
-compiled_only = pytest.mark.skipif(
-    triton_utils.interpreted(), reason="TRITON_INTERPRET=1 is set: there is nothing to compile"
-)
-
-
 @pytest.mark.parametrize(
     ("capability", "expected"), [(0, 1), (75, 1), (80, 1), (86, 1), (89, 1), (90, 2), (99, 2), (100, 3), (120, 3)]
 )
@@ -103,11 +98,9 @@ def launched(monkeypatch):
     found = []
     monkeypatch.setattr(JITFunction, "run", lambda kernel, *args, grid, warmup, **kw: found.append((kernel, args, kw)))
     monkeypatch.setattr(triton_utils, "capability", lambda: 90)
-    monkeypatch.setattr(triton_utils, "interpreted", lambda: False)
     return found
 
 
-@compiled_only
 @pytest.mark.parametrize("capability", kernels.CAPABILITIES)
 def test_every_launch_fuses_multiply_adds(capability):
     """Whatever the default of the installed Triton is."""
@@ -138,7 +131,6 @@ def _keys(launched):
     return found
 
 
-@compiled_only
 @pytest.mark.parametrize("max_seqlen", [32, 512])
 def test_a_kernel_is_compiled_once_for_the_seeds_of_all_layers(launched, max_seqlen):
     """Those are elements of one tensor, at steps of eight bytes; Triton tells multiples of 16 from others."""
@@ -181,7 +173,6 @@ def test_pieces_of_a_row(size, expected):
     ],
 )
 def test_float32_is_split_unless_torch_allows_tf32(monkeypatch, allowed, dtype, expected):
-    monkeypatch.setattr(triton_utils, "interpreted", lambda: False)
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(fp32_precision=allowed))
     assert triton_utils.dot_precision(dtype) == expected
 

@@ -8,6 +8,7 @@ from ops.problems import layer_norm
 from fastbert import ops
 from fastbert.backends import select
 
+pytestmark = pytest.mark.triton
 IMPLEMENTATIONS = layer_norm().implementations()
 implementations = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 half_dtypes = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -31,7 +32,6 @@ def test_one_column():
         assert torch.equal(problem.actual(**problem.tensors, impl=impl), problem.tensors["bias"].expand(5, 1))
 
 
-@pytest.mark.many_programs
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_more_than_65536_rows_case_20(dtype):
     layer_norm((65_537, 9), dtype).check()

@@ -61,7 +61,6 @@ def test_the_device_is_put_back_after_an_error(machine, monkeypatch):
 
 def test_launches_are_chosen_for_the_device_of_the_tensors(machine, monkeypatch):
     """Two different GPUs in one machine, the first asked about first."""
-    monkeypatch.setattr(triton_utils, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(8, 0), (9, 0)][index])
     triton_utils._capability_of.cache_clear()
     found = [run(monkeypatch, index, lambda x, y: triton_utils.capability()) for index in (0, 1, 0)]

@@ -9,6 +9,7 @@ from ops.problems import linear_gelu
 from fastbert import ops
 from fastbert.backends import select
 
+pytestmark = pytest.mark.triton
 implementations = pytest.mark.parametrize("impl", linear_gelu().implementations())
 
 
@@ -83,7 +84,7 @@ def test_persistent_rows_that_tma_does_not_take():
 
 def test_persistent_says_what_it_can_not_serve(monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
-    monkeypatch.setattr(select, "_INTERPRETING", False)
+    monkeypatch.setattr(select, "_TRITON_DEVICE", "cuda")
     monkeypatch.setattr(select, "_capability", lambda index: (80, 90)[index])
     table = select.table("linear_gelu")
     half, other = (select.Request("cuda", torch.bfloat16, index=index) for index in (1, 0))
@@ -157,7 +158,6 @@ def test_empty_batch_case_11(shape):
     linear_gelu(shape).check()
 
 
-@pytest.mark.many_programs
 def test_more_than_65536_rows_case_20():
     linear_gelu((65_537, 5), 3).check()
 

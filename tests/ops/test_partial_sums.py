@@ -11,6 +11,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASONS = list(select.needs_triton(select.Request(DEVICE, torch.float32)))
 
 pytestmark = [
+    pytest.mark.triton,
     pytest.mark.skipif(bool(REASONS), reason="".join(REASONS[:1])),
     *([pytest.mark.gpu] if DEVICE == "cuda" else []),
 ]

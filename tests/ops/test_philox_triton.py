@@ -14,7 +14,7 @@ import triton.language as tl
 
 from fastbert.backends import triton_utils
 
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = [pytest.mark.triton, *([pytest.mark.gpu] if DEVICE == "cuda" else [])]
 
 SEEDS = (5, -12345678901234567, 2**62 + 7)
 

@@ -171,8 +171,8 @@ TABLES = {
 
 @pytest.fixture
 def everything_installed(monkeypatch):
-    """And no interpreter of Triton's; a GPU isn't asked for its capability."""
-    monkeypatch.setattr(select, "_INTERPRETING", False)
+    """A GPU isn't asked for its capability."""
+    monkeypatch.setattr(select, "_TRITON_DEVICE", "cuda")
     for name in ("_missing_extension", "_missing_amx", "_missing_simd", "_missing_triton"):
         monkeypatch.setattr(select, name, lambda: None)
     monkeypatch.setattr(select, "_missing_cuda_extension", lambda index: None)
@@ -224,11 +224,11 @@ def test_a_gpu_that_the_build_does_not_know(monkeypatch):
         table.choose("cuda", second)
 
 
-@pytest.mark.skipif(select._INTERPRETING, reason="TRITON_INTERPRET=1 is set: Triton's kernels are for the cpu then")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_kernels_come_first_on_a_gpu(p, dtype):
+def test_kernels_come_first_on_a_gpu(p, dtype, monkeypatch):
     pytest.importorskip("triton", reason="Triton is not installed")
+    monkeypatch.setattr(select, "_TRITON_DEVICE", "cuda")
     request = select.Request("cuda", dtype, p, 64)
     expected = {
         "attention": "triton",
@@ -263,10 +263,11 @@ def test_the_interpreter_is_asked_for_as_triton_understands_it(monkeypatch, valu
 
 @pytest.mark.usefixtures("everything_installed")
 @pytest.mark.parametrize("interpreting", [False, True])
-def test_triton_s_kernels_are_for_a_gpu_or_for_the_interpreter(monkeypatch, interpreting):
+def test_triton_s_kernels_are_for_a_gpu_and_not_for_the_interpreter(monkeypatch, interpreting):
     monkeypatch.setattr(select, "_INTERPRETING", interpreting)
     on = {device: list(select.needs_triton(select.Request(device, torch.float32))) for device in ("cpu", "cuda")}
-    told = "TRITON_INTERPRET=1 is set, and Triton's interpreter is for tensors on the cpu"
-    assert (on["cuda"], bool(on["cpu"])) == (([told], False) if interpreting else ([], True))
+    told = ["TRITON_INTERPRET=1 is set, and Triton's interpreter doesn't know the assembly in these kernels"]
+    expected = told if interpreting else []
+    assert on == {"cpu": ["it runs on cuda, and the tensors are on cpu", *expected], "cuda": expected}
     monkeypatch.setattr(select, "_missing_triton", lambda: "Triton is broken")
     assert list(select.needs_triton(select.Request("cpu", torch.float32)))[-1] == "Triton is broken"

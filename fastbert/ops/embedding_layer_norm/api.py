@@ -47,8 +47,7 @@ def embedding_layer_norm(
 
     Args:
         input_ids, position_ids, token_type_ids: ``[T]``, int32 or int64, rows of the three tables. On a CPU an id out
-            of range raises IndexError; on a GPU it is an assertion of the device, or undefined, as in Triton's
-            interpreter.
+            of range raises IndexError; on a GPU it is an assertion of the device, or undefined.
         word, position, token_type: ``[V, H]``, ``[P, H]``, ``[N, H]``, any floating dtype; each gets its gradient,
             in which ids may repeat, in its own, and it is deterministic.
         weight, bias: ``[H]``, any floating dtype; each gets its gradient in its own.

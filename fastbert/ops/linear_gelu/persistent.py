@@ -31,7 +31,6 @@ from fastbert.backends.triton_utils import (
     dot,
     dot_precision,
     gelu,
-    interpreted,
     jit,
     multiprocessors,
     rows_of,
@@ -141,8 +140,7 @@ def _launch(
 ) -> None:
     M, K = x.shape
     options = launch.options("linear_gelu_persistent", "16 bits")
-    # In the interpreter a few, so that programs take several blocks.
-    at_once, delay = 3 if interpreted() else multiprocessors(x.device), options.pop("DELAY")
+    at_once = multiprocessors(x.device)
     resident = options.pop("PROGRAMS") * at_once
     block_m, block_n, block_k = options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"]
     blocks = ceil_div(M, block_m) * ceil_div(N, block_n)
@@ -159,6 +157,5 @@ def _launch(
         M, N, K, first_delayed,
         TANH=approximate == "tanh", HAS_BIAS=bias is not None, NEEDS_HIDDEN=hidden is not None,
         PRECISION=dot_precision(x.dtype),
-        DELAY=0 if interpreted() else delay,  # the interpreter has no clock
         **options,
     )  # fmt: skip

@@ -88,7 +88,7 @@ def test_parameters_in_float32_and_a_second_gradient(dtype, module):
 
 @pytest.mark.parametrize("module", [False], indirect=True, ids=["ascending"])
 def test_the_whole_model(module, monkeypatch):
-    """Two layers of BERT, forward and backward with dropout: these kernels, and Triton's in its interpreter."""
+    """Two layers of BERT, forward and backward with dropout: these kernels, and Triton's as compiled."""
     runs = {}
     load = test_kernels.select.load
     monkeypatch.setattr(test_kernels.select, "load", lambda op, name: runs.update({(op, name): 1}) or load(op, name))

@@ -1,0 +1,102 @@
+"""Launches of Triton kernels on tensors of the CPU: compiled for a GPU, and executed as compiled."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+from unittest import mock
+
+from torch import Tensor
+from triton._C.libtriton import ir
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from benchmarks import kernels
+from fastbert.backends import select, triton_utils
+
+from .execute import Launch
+from .parse import Function, parse
+from .shared_memory import Asynchronous
+
+CAPABILITY = 90
+
+
+@functools.cache
+def compiled(kernel: JITFunction, launch: kernels.Launch, last: str = "ttir", capability: int = CAPABILITY) -> Function:
+    """The kernel of a launch after a stage of Triton's compiler.
+
+    "ttir" is the same for all devices. "ttgir" has the layouts, the shared memory and the asynchronous copies and
+    products of those of ``capability``.
+    """
+    names = [name for name, _ in launch.signature]
+    source = ASTSource(
+        fn=kernel,
+        signature=dict(launch.signature),
+        constexprs={(names.index(name),): value for name, value in launch.constants},
+        attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+    )
+    target = GPUTarget("cuda", capability, 32)
+    backend = make_backend(target)
+    options = backend.parse_options(dict(launch.options))
+    context = ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    generation = backend.get_codegen_implementation(options)
+    module = source.make_ir(target, options, generation, backend.get_module_map(), context)
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, options, source.language)
+    metadata = {"target": target, **options.__dict__}
+    for stage, run in stages.items():
+        module = run(module, metadata)
+        if stage == last:
+            break
+    return parse(module.str_nodebug())
+
+
+class Settings:
+    """How launches are run: at once after the stage "ttir", or program by program after "ttgir"."""
+
+    stage = "ttir"
+    late_copies = False
+
+
+def _run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    """Stands in for ``JITFunction.run``."""
+    launch = kernels.launch_of("", kernel, args, kwargs)
+    values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+    grid = grid(values) if callable(grid) else grid
+    arguments = [_argument(values[name]) for name, kind in launch.signature if kind != "constexpr"]
+    beside = None if Settings.stage == "ttir" else lambda: Asynchronous(Settings.late_copies)
+    Launch(compiled(kernel, launch, Settings.stage), _flat(arguments), grid).run(beside)
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, TensorDescriptor):
+        return [(value.base, value.shape, value.strides), *value.shape, *value.strides]
+    return [value]
+
+
+def _flat(arguments: Sequence[Sequence[Any]]) -> list[Any]:
+    return [value for part in arguments for value in part]
+
+
+def _keep_memory() -> None:
+    """Values are large and short-lived: the C library keeps their memory, where it can be told to."""
+    trim_threshold, mmap_threshold = -1, -3  # malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(mmap_threshold, 1 << 30)
+        mallopt(trim_threshold, 1 << 30)
+
+
+def install() -> None:
+    """From now on, tensors of the CPU are served by Triton's kernels, as those of a GPU of ``CAPABILITY`` would be."""
+    _keep_memory()
+    assert not select._INTERPRETING, "TRITON_INTERPRET=1 is set: kernels can't be compiled"
+    select._TRITON_DEVICE = "cpu"
+    mock.patch.object(JITFunction, "run", _run).start()
+    mock.patch.object(triton_utils, "capability", return_value=CAPABILITY).start()

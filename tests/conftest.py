@@ -9,8 +9,6 @@ import parity
 import pytest
 import torch
 
-from fastbert.backends import select
-
 
 def pytest_addoption(parser):
     help = "write the outcomes of tests, and the errors of parity checks on a GPU, as each test ends"

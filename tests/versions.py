@@ -139,7 +139,9 @@ def examine(package: str, end: str) -> dict[str, str]:
             # Where it can't be had pytest would skip those tests; here that would pass for success.
             fetch = "import sys; sys.path.insert(0, 'tests'); from hugging_face import sdist; sdist.fetch()"
             environment.run("-c", fetch, check=True)
-        environment.run("-m", "pytest", "-q", "-p", "no:cacheprovider", *run.arguments, variables=run.variables, check=True)
+        environment.run(
+            "-m", "pytest", "-q", "-p", "no:cacheprovider", *run.arguments, variables=run.variables, check=True
+        )
     # Triton's kernels run in its own runs only.
     return {name: version for name, version in versions.items() if name != "triton" or package == "triton"}
 

@@ -57,7 +57,8 @@ def run(library: Path, *options: str) -> subprocess.CompletedProcess[str]:
         "LD_PRELOAD": " ".join(loaded),
         "PYTHONPATH": str(ROOT / "tests"),
     }
-    command = [sys.executable, "-m", "pytest", "-qsx", "-p", "no:cacheprovider", "--triton", str(DEVICE / "cases.py"), *options]
+    command = [sys.executable, "-m", "pytest", "-qsx", "-p", "no:cacheprovider", "--triton", str(DEVICE / "cases.py")]
+    command += options
     return subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
     )

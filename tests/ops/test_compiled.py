@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from benchmarks import kernels
-from fastbert.backends import extension, select
+from fastbert.backends import extension
 from fastbert.backends.launch import table
 
 pytest.importorskip("triton", reason="Triton can't be imported: its kernels can't be compiled")

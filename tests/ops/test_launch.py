@@ -21,6 +21,7 @@ from fastbert.ops.layer_norm import triton as layer_norm
 from fastbert.ops.linear_gelu import by_shape, persistent
 from fastbert.ops.linear_gelu import triton as linear_gelu
 
+
 @pytest.mark.parametrize(
     ("capability", "expected"), [(0, 1), (75, 1), (80, 1), (86, 1), (89, 1), (90, 2), (99, 2), (100, 3), (120, 3)]
 )

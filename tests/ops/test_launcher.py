@@ -19,6 +19,7 @@ from fastbert.ops.embedding_layer_norm import triton as embedding_layer_norm
 from fastbert.ops.layer_norm import triton as layer_norm
 from fastbert.ops.linear_gelu import triton as linear_gelu
 
+
 class OnGPU:
     """What is asked of a tensor."""
 

@@ -120,20 +120,20 @@ class Launch:
 
     Args:
         function: What ``parse`` returns.
-        arguments: Tensors for pointers, ``(tensor, shape, strides)`` for descriptors, and numbers.
+        arguments: The function's parameters, each with a name: tensors for pointers, ``(tensor, shape, strides)`` for
+            descriptors, and numbers.
         grid: The number of programs along each axis.
     """
 
-    def __init__(self, function: Function, arguments: Sequence[Any], grid: Sequence[int]) -> None:
+    def __init__(self, function: Function, arguments: Sequence[tuple[str, Any]], grid: Sequence[int]) -> None:
         self.function = function
         self.grid = (*grid, 1, 1)[:3]
         self.cycles = 0
         self.asynchronous: Any = None
         self.buffers: list[Any] = []
-        written = _written(function)
         self.arguments: dict[str, Any] = {}
-        for (name, kind), value in zip(function.parameters.items(), arguments, strict=True):
-            self.arguments[name] = _argument(name, kind, value, name in written)
+        for (parameter, kind), (name, value) in zip(function.parameters.items(), arguments, strict=True):
+            self.arguments[parameter] = _argument(name, kind, value, parameter in function.written)
 
     def run(self, beside: Callable[[], Any] | None = None) -> None:
         """Run all programs.
@@ -170,39 +170,6 @@ def _argument(name: str, kind: Type, value: Any, written: bool) -> Any:
         tensor, shape, strides = value
         return Descriptor(Memory(name, tensor, written), tuple(shape), tuple(strides))
     return torch.tensor([value], dtype=DTYPES[kind.element])
-
-
-_STORES = {"tt.store", "tt.descriptor_store", "ttng.async_tma_copy_local_to_global"}
-
-
-def _written(function: Function) -> set[str]:
-    """The parameters that the kernel writes to."""
-    sources: dict[str, set[str]] = {name: {name} for name in function.parameters}
-    operations = function.operations()
-    while True:
-        size = sum(map(len, sources.values()))
-        for operation in operations:
-            pairs = [(result, name) for result in operation.results for name in operation.operands]
-            if operation.name == "scf.for":
-                carried = operation.operands[3:]
-                pairs = list(zip(operation.blocks[0].arguments[1:], carried, strict=True))
-                pairs += list(zip(operation.results, carried, strict=True))
-            for block in operation.blocks if operation.results else []:
-                ends = block.operations[-1].operands
-                pairs += list(zip(operation.results, ends[-len(operation.results) :], strict=True))
-                if operation.name == "scf.for":
-                    pairs += list(zip(block.arguments[1:], ends, strict=True))
-            if operation.name in ("tt.load", "tt.descriptor_load"):
-                continue
-            for result, name in pairs:
-                sources.setdefault(result, set()).update(sources.get(name, ()))
-        if size == sum(map(len, sources.values())):
-            break
-    stores = [operation for operation in operations if operation.name in _STORES]
-    return set().union(*(sources.get(operation.operands[0], set()) for operation in stores))
-
-
-# Operations ---------------------------------------------------------------------------------------------------------
 
 
 def _unsigned(x: Tensor) -> Tensor:
@@ -291,6 +258,7 @@ _HANDLERS: dict[str, Callable[..., Any]] = {}
 
 def handles(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register what runs operations of these names: it takes the frame, the operation and the operands."""
+
     def register(handler: Callable[..., Any]) -> Callable[..., Any]:
         _HANDLERS.update(dict.fromkeys(names, handler))
         return handler

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
-from torch import Tensor
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -57,31 +56,39 @@ def compiled(kernel: JITFunction, launch: kernels.Launch, last: str = "ttir", ca
     return parse(module.str_nodebug())
 
 
+@dataclasses.dataclass
 class Settings:
-    """How launches are run: at once after the stage "ttir", or program by program after "ttgir"."""
+    """How launches are run: "ttir" is run for many programs at once, "ttgir" for one after the other.
 
-    stage = "ttir"
-    late_copies = False
+    ``late_copies`` says whether copies end late and products early, or the other way round; ``ran`` has the names of
+    the kernels that were launched.
+    """
+
+    stage: str = "ttir"
+    late_copies: bool = False
+    ran: set[tuple[str, str]] = dataclasses.field(default_factory=set)
+
+
+settings = Settings()
 
 
 def _run(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
     """Stands in for ``JITFunction.run``."""
     launch = kernels.launch_of("", kernel, args, kwargs)
+    settings.ran.add((launch.module, launch.kernel))
     values = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
     grid = grid(values) if callable(grid) else grid
-    arguments = [_argument(values[name]) for name, kind in launch.signature if kind != "constexpr"]
-    beside = None if Settings.stage == "ttir" else lambda: Asynchronous(Settings.late_copies)
-    Launch(compiled(kernel, launch, Settings.stage), _flat(arguments), grid).run(beside)
+    arguments = [pair for name, kind in launch.signature if kind != "constexpr" for pair in _named(name, values[name])]
+    beside = None if settings.stage == "ttir" else lambda: Asynchronous(settings.late_copies)
+    Launch(compiled(kernel, launch, settings.stage), arguments, grid).run(beside)
 
 
-def _argument(value: Any) -> Any:
+def _named(name: str, value: Any) -> list[tuple[str, Any]]:
+    """The parameters that a compiled kernel has for one of the function's, with the function's name for it."""
     if isinstance(value, TensorDescriptor):
-        return [(value.base, value.shape, value.strides), *value.shape, *value.strides]
-    return [value]
-
-
-def _flat(arguments: Sequence[Sequence[Any]]) -> list[Any]:
-    return [value for part in arguments for value in part]
+        values = [(value.base, value.shape, value.strides), *value.shape, *value.strides]
+        return [(name, value) for value in values]
+    return [(name, value)]
 
 
 def _keep_memory() -> None:

@@ -82,6 +82,37 @@ class Function:
         """The number of elements of the largest tensor."""
         return max([1, *(math.prod(kind.shape) for operation in self.operations() for kind in operation.types)])
 
+    @functools.cached_property
+    def written(self) -> set[str]:
+        """The parameters that the kernel writes to: where the pointers of its stores come from."""
+        sources: dict[str, set[str]] = {name: {name} for name in self.parameters}
+        operations = self.operations()
+        passed = [pair for operation in operations for pair in _passed(operation)]
+        size = 0
+        while size != (size := sum(map(len, sources.values()))):
+            for target, source in passed:
+                sources.setdefault(target, set()).update(sources.get(source, ()))
+        stores = [operation.operands[0] for operation in operations if operation.name in _STORES]
+        return set().union(*(sources[name] for name in stores))
+
+
+_STORES = {"tt.store", "tt.descriptor_store", "ttng.async_tma_copy_local_to_global"}
+
+
+def _passed(operation: Operation) -> list[tuple[str, str]]:
+    """(a name, another that it may be a pointer from), for the names of one operation."""
+    pointers = operation.name != "tt.load" and any(kind.pointee for kind in operation.types)
+    pairs = [(result, name) for result in operation.results for name in operation.operands] if pointers else []
+    for block in operation.blocks:
+        ends = block.operations[-1].operands if block.operations else []
+        if operation.name == "scf.for":
+            carried = block.arguments[1:]
+            pairs = [*zip(carried, operation.operands[3:], strict=True), *zip(operation.results, carried, strict=True)]
+            pairs += zip(carried, ends[: len(carried)], strict=True)
+        else:
+            pairs += [(result, name) for result in operation.results for name in ends]
+    return pairs
+
 
 _NAME = r"%[\w$.-]+(?:#\d+)?"
 _LINE = re.compile(rf'(?:(?P<results>{_NAME}(?::\d+)?(?:, {_NAME})*) = )?"?(?P<name>[a-z_]+[.][\w.]+)"?(?P<rest>.*)')

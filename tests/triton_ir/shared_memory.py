@@ -1,9 +1,9 @@
 """Shared memory, and what runs beside a program: copies and products that it starts and waits for.
 
-Hardware finishes these at any time between their start and the wait for them. Here a launch finishes all copies as early
-as possible and all products as late, or the other way round: whoever reads what hasn't arrived, or overwrites what is
-still to be read, has wrong numbers with one of the two. Operations are those of Triton's dialects for GPUs, run for one
-program at a time.
+Hardware finishes these at any time between their start and the wait for them. Here a launch finishes all copies as
+early as possible and all products as late, or the other way round. Whoever reads what hasn't arrived, or overwrites
+what is still to be read, has wrong numbers with one of the two. Operations are those of Triton's dialects for GPUs, run
+for one program at a time.
 """
 
 from __future__ import annotations

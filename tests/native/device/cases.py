@@ -9,6 +9,7 @@ from models import test_kernels
 from native.device import on_host
 from ops import problems
 
+pytestmark = pytest.mark.triton
 LIBRARY = Path(os.environ["FASTBERT_DEVICE_LIBRARY"])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Rows of one group and less, of part of a warp's, of one to four groups a thread, of several warps, and of more than

@@ -53,10 +53,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Five minutes: the host kernels on all sizes under the sanitizers of addresses, undefined behaviour and threads, and
-# faults planted in the CUDA kernels, which run on the host here.
+# Ten minutes: the host kernels on all sizes under the sanitizers of addresses, undefined behaviour and threads, faults
+# planted in the CUDA kernels, which run on the host here, and every Triton kernel compiled.
 sanitize: $(READY)
-	$(BIN)/python -m pytest tests/native --everything
+	$(BIN)/python -m pytest tests/native tests/ops/test_compiled.py --everything
 
 bench: $(PEERS)
 	$(BIN)/fastbert bench --out benchmarks/results

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import hashlib
 import importlib
 import json
 import math
@@ -186,6 +187,15 @@ _POINTERS = {
 }
 
 
+def key_of(launch: Launch, capability: int) -> str:
+    """Of what a report depends on: the launch, the capability, the kernel's source with all it calls, and Triton."""
+    import triton
+
+    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
+    facts = (launch, capability, kernel.cache_key, triton.__version__)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
 def compile_launch(launch: Launch, capability: int) -> Report:
     """Compile, and read the machine code."""
     import triton
@@ -339,9 +349,22 @@ def extension_reports(library: Path, capability: int) -> list[ExtensionReport]:
     return found
 
 
+def known_reports(jobs: Iterable[tuple[Launch, int]]) -> dict[tuple[Launch, int], Report]:
+    """Those that ``results/kernels.json`` has, made of the same sources by the same Triton."""
+    rows = {row["key"]: row for row in json.loads((RESULTS / "kernels.json").read_text("utf-8"))["kernels"]}
+    found = {}
+    for launch, capability in jobs:
+        row = rows.get(key_of(launch, capability))
+        if row is not None:
+            numbers = {name: row[name] for name in ("registers", "stack", "shared", "warps", "instructions")}
+            found[launch, capability] = Report(launch, capability, **numbers)
+    return found
+
+
 def _row(report: Report) -> dict[str, Any]:
     launch = report.launch
     return {
+        "key": key_of(launch, report.capability),
         "op": launch.op,
         "kernel": launch.kernel,
         "dtype": launch.dtype,
@@ -351,6 +374,7 @@ def _row(report: Report) -> dict[str, Any]:
         "registers": report.registers,
         "stack": report.stack,
         "shared": report.shared,
+        "warps": report.warps,
         "occupancy": report.occupancy,
         "instructions": report.instructions,
     }

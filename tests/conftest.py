@@ -13,6 +13,8 @@ import torch
 def pytest_addoption(parser):
     help = "write the outcomes of tests, and the errors of parity checks on a GPU, as each test ends"
     parser.addoption("--parity-json", metavar="FOLDER", help=help)
+    help = "no short cuts: all sizes, all kernels compiled, faults planted, races looked for; `make sanitize`"
+    parser.addoption("--everything", action="store_true", help=help)
     help = "run Triton's kernels on the CPU, as its compiler makes them for a GPU, with bounds and races checked"
     parser.addoption("--triton", action="store_true", help=help)
 

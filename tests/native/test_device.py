@@ -106,7 +106,7 @@ FAULTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_found(fault, tmp_path, request):
-    if not request.config.getoption("--everything", False):
+    if not request.config.getoption("--everything"):
         pytest.skip("`make sanitize` plants faults in the CUDA kernels; it compiles them for each")
     file, old, new, cases, report = FAULTS[fault]
     csrc = shutil.copytree(ROOT / "csrc", tmp_path / "csrc")

@@ -45,7 +45,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 def programs(request, tmp_path_factory):
     """``host_kernels`` by the sanitizers that it is built with: those of addresses, or all in ``make sanitize``."""
     built = {}
-    for sanitizers in (ADDRESS, THREAD) if request.config.getoption("--everything", False) else (ADDRESS,):
+    for sanitizers in (ADDRESS, THREAD) if request.config.getoption("--everything") else (ADDRESS,):
         folder = tmp_path_factory.mktemp(sanitizers.split(",")[0])
         program = Path(cmake.CMAKE_BIN_DIR) / "cmake"
         defines = {
@@ -78,7 +78,7 @@ def program_for(programs: dict[str, Path], sanitizers: str) -> Path:
 @pytest.mark.parametrize("sanitizers", [ADDRESS, THREAD])
 def test_host_kernels(programs, sanitizers, request):
     program = program_for(programs, sanitizers)
-    result = run(program) if request.config.getoption("--everything", False) else run(program, "--quick")
+    result = run(program) if request.config.getoption("--everything") else run(program, "--quick")
     assert result.returncode == 0, result.stdout
     counts = dict(line.rsplit(": ", 1) for line in result.stdout.splitlines())
     element_wise = {"bias_dropout_residual", "bias_dropout_residual_layer_norm"}

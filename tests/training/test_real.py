@@ -36,7 +36,7 @@ def test_pretraining_from_scratch(tmp_path):
 @pytest.mark.slow
 def test_package_of_a_docstring(tmp_path):
     """MiniLM is level with TF-IDF and logistic regression; of 160 texts, 0.15 is five standard deviations."""
-    short = {"learning_rate": 5e-4, "batch_size": 16, "max_length": 48}
-    found = training.classify(tmp_path, 3, at_least=250, most=800, **short)
+    short = {"learning_rate": 5e-4, "batch_size": 16, "max_length": 32}
+    found = training.classify(tmp_path, 2, at_least=250, most=800, **short)
     for score, baselines in found["baselines"].items():
         assert found["scores"][score] > max(baselines.values()) - 0.15

@@ -14,10 +14,11 @@ import json
 import logging
 import os
 import sys
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +27,7 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 import typer
-from ray._private import ray_constants, services
+from ray._private import auto_init_hook, ray_constants, services
 
 from fastbert.cli import checkpoint, embed, machine, parquet, texts
 from fastbert.cli.embed import Options
@@ -36,6 +37,8 @@ from fastbert.cli.options import Device
 _IDENTITY = "fastbert.json"
 _FINISHED = "finished"
 _COLUMN = "text"
+# The name of the threads in which Ray Data reads ahead.
+_READER = "iter_threaded"
 
 
 class Window(NamedTuple):
@@ -165,7 +168,24 @@ def _cluster(address: str | None) -> Iterator[None]:
             yield
         finally:
             if ours:
-                ray.shutdown()
+                _disconnect()
+
+
+def _disconnect() -> None:
+    """Leave the cluster for good.
+
+    Functions of Ray connect by themselves where nobody has. A thread of Ray Data's that is still at work after a run
+    was stopped would do so, and start a cluster where it finds none.
+    """
+    before = auto_init_hook.enable_auto_connect
+    auto_init_hook.enable_auto_connect = False
+    try:
+        ray.shutdown()
+        for thread in threading.enumerate():
+            if thread.name == _READER:
+                thread.join(timeout=10)
+    finally:
+        auto_init_hook.enable_auto_connect = before
 
 
 @contextlib.contextmanager
@@ -234,10 +254,12 @@ def _embedded(options: Options, about: dict[str, Any], windows: list[Window]) ->
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=workers, initial_size=workers),
         **needs,
     )
-    for row in made.iter_rows():
-        if row["refusal"]:
-            raise Refusal(row["refusal"])
-        yield row["rows"]
+    # It ends its thread when it is closed.
+    with contextlib.closing(cast("Generator[dict[str, Any]]", iter(made.iter_rows()))) as rows:
+        for row in rows:
+            if row["refusal"]:
+                raise Refusal(row["refusal"])
+            yield row["rows"]
 
 
 def _windows(path: Path) -> Iterator[Window]:

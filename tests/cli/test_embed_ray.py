@@ -379,6 +379,31 @@ def test_a_worker_refuses(arguments, cluster, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_thread_that_is_left_does_not_connect_again(arguments, cluster, monkeypatch):
+    """Ray Data's are still at work when a run ends early, and Ray connects whoever calls it."""
+    outcomes = []
+
+    def straggle():
+        while ray.is_initialized():
+            time.sleep(0.001)
+        try:
+            outcomes.append(ray.get_runtime_context().get_node_id())
+        except Exception as error:
+            outcomes.append(error)
+
+    def embedded(*given):
+        yield WINDOW
+        threading.Thread(target=straggle, name=embed_ray._READER).start()
+        raise Refusal("too much for this GPU's memory")
+
+    monkeypatch.setattr(embed_ray, "_embedded", embedded)
+    assert "too much for this GPU's memory" in tiny.refusal(*arguments(address=cluster.address))
+    assert not ray.is_initialized()
+    assert isinstance(outcomes[0], Exception)
+    assert embed_ray.auto_init_hook.enable_auto_connect
+
+
+@pytest.mark.slow
 def test_no_machine_has_a_gpu(arguments, cluster):
     assert "--device is cuda, and no machine of the cluster has a GPU" in tiny.refusal(
         *arguments(address=cluster.address, device="cuda")

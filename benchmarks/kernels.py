@@ -187,29 +187,37 @@ _POINTERS = {
 }
 
 
+def _kernel(launch: Launch) -> Any:
+    return getattr(importlib.import_module(launch.module), launch.kernel)
+
+
 def key_of(launch: Launch, capability: int) -> str:
     """Of what a report depends on: the launch, the capability, the kernel's source with all it calls, and Triton."""
     import triton
 
-    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    facts = (launch, capability, kernel.cache_key, triton.__version__)
+    facts = (launch, capability, _kernel(launch).cache_key, triton.__version__)
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+
+
+def source_of(kernel: Any, launch: Launch) -> Any:
+    """What Triton's compiler takes: a kernel and what is known of its arguments."""
+    from triton.compiler import ASTSource
+
+    names = [name for name, _ in launch.signature]
+    return ASTSource(
+        fn=kernel,
+        signature=dict(launch.signature),
+        constexprs={(names.index(name),): value for name, value in launch.constants},
+        attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+    )
 
 
 def compile_launch(launch: Launch, capability: int) -> Report:
     """Compile, and read the machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(launch.module), launch.kernel)
-    names = [name for name, _ in launch.signature]
-    source = ASTSource(
-        fn=kernel,
-        signature=dict(launch.signature),
-        constexprs={(names.index(name),): value for name, value in launch.constants},
-        attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
-    )
+    source = source_of(_kernel(launch), launch)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])

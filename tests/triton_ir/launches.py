@@ -10,7 +10,7 @@ from unittest import mock
 
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -31,13 +31,7 @@ def compiled(kernel: JITFunction, launch: kernels.Launch, last: str = "ttir", ca
     "ttir" is the same for all devices. "ttgir" has the layouts, the shared memory and the asynchronous copies and
     products of those of ``capability``.
     """
-    names = [name for name, _ in launch.signature]
-    source = ASTSource(
-        fn=kernel,
-        signature=dict(launch.signature),
-        constexprs={(names.index(name),): value for name, value in launch.constants},
-        attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
-    )
+    source = kernels.source_of(kernel, launch)
     target = GPUTarget("cuda", capability, 32)
     backend = make_backend(target)
     options = backend.parse_options(dict(launch.options))

@@ -54,7 +54,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Ten minutes: the host kernels on all sizes under the sanitizers of addresses, undefined behaviour and threads, faults
+# Six minutes: the host kernels on all sizes under the sanitizers of addresses, undefined behaviour and threads, faults
 # planted in the CUDA kernels, which run on the host here, and every Triton kernel compiled.
 sanitize: $(READY)
 	$(BIN)/python -m pytest tests/native tests/ops/test_compiled.py --everything

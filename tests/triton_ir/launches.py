@@ -25,14 +25,13 @@ CAPABILITY = 90
 
 
 @functools.cache
-def compiled(kernel: JITFunction, launch: kernels.Launch, last: str = "ttir", capability: int = CAPABILITY) -> Function:
+def compiled(kernel: JITFunction, launch: kernels.Launch, stage: str) -> Function:
     """The kernel of a launch after a stage of Triton's compiler.
 
-    "ttir" is the same for all devices. "ttgir" has the layouts, the shared memory and the asynchronous copies and
-    products of those of ``capability``.
+    "ttir" has whole tensors. "ttgir" has layouts, shared memory, and asynchronous copies and products.
     """
     source = kernels.source_of(kernel, launch)
-    target = GPUTarget("cuda", capability, 32)
+    target = GPUTarget("cuda", CAPABILITY, 32)
     backend = make_backend(target)
     options = backend.parse_options(dict(launch.options))
     context = ir.context()
@@ -43,9 +42,9 @@ def compiled(kernel: JITFunction, launch: kernels.Launch, last: str = "ttir", ca
     stages: dict[str, Any] = {}
     backend.add_stages(stages, options, source.language)
     metadata = {"target": target, **options.__dict__}
-    for stage, run in stages.items():
+    for name, run in stages.items():
         module = run(module, metadata)
-        if stage == last:
+        if name == stage:
             break
     return parse(module.str_nodebug())
 

@@ -19,6 +19,7 @@
 #include "bias_dropout_residual/bias_dropout_residual.h"
 #include "bias_dropout_residual_layer_norm/bias_dropout_residual_layer_norm.h"
 #include "common/amx.h"
+#include "common/build.h"
 #include "common/dropout.h"
 #include "common/dtype.h"
 #include "common/philox_host.h"
@@ -284,9 +285,14 @@ void bind_bias_dropout_residual_layer_norm(py::module_& m, const std::string& bu
 }
 
 py::dict build_info() {
+  const Build build = this_build();
   py::dict info;
-  info["version"] = FASTBERT_VERSION;
-  info["compiler"] = FASTBERT_COMPILER;
+  info["version"] = build.version;
+  info["compiler"] = build.compiler;
+  info["cuda"] = build.cuda_absent == nullptr;
+  info["cuda_version"] = build.cuda_version;  // a null pointer is None
+  info["cuda_architectures"] = build.cuda_architectures;
+  info["cuda_absent"] = build.cuda_absent;
 #if defined(_OPENMP)
   info["openmp"] = true;
 #else
@@ -296,17 +302,6 @@ py::dict build_info() {
   info["cpu_clones"] = true;
 #else
   info["cpu_clones"] = false;
-#endif
-#if defined(FASTBERT_CUDA_VERSION)
-  info["cuda"] = true;
-  info["cuda_version"] = FASTBERT_CUDA_VERSION;
-  info["cuda_architectures"] = FASTBERT_CUDA_ARCHITECTURES;
-  info["cuda_absent"] = py::none();
-#else
-  info["cuda"] = false;
-  info["cuda_version"] = py::none();
-  info["cuda_architectures"] = py::none();
-  info["cuda_absent"] = FASTBERT_CUDA_ABSENT;  // why
 #endif
   return info;
 }
@@ -712,7 +707,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         bias_dropout_residual_layer_norm::backward_host(args, num_threads);
       });
 
-#if defined(FASTBERT_CUDA_VERSION)
+#if defined(FASTBERT_HAVE_CUDA)
   m.def("device_error", &bdr::device_error, "Why the current device can't run the CUDA kernels, or None.");
   m.def("bias_dropout_residual_forward_device",
         [](const Memory& x, const Memory& bias, const Memory& residual, const Memory& out, int64_t rows, int64_t cols,

@@ -31,28 +31,34 @@ DEMO_BUILD = $(or $(GPU_BUILD),-C cmake.define.FASTBERT_CUDA=OFF)
 # As many processes as cores; those that they start have a thread each, and threads that wait leave the core to others.
 # What `make --jobs` says to its own programs isn't for the builds among the tests.
 PYTEST := MAKEFLAGS= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8
+TYPES := $(BIN)/mypy
 LOCK := requirements/lock.txt
 TRITON := requirements/triton.txt
 # Modules are compiled as they are first imported: most never are.
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint $(LOCK) --build-constraint $(LOCK)
 SOURCES := pyproject.toml CMakeLists.txt $(LOCK) $(TRITON) $(shell find csrc -type f)
 
-.PHONY: demo test test-versions lint sanitize bench lock gpu gpu-kit clean
+.PHONY: demo test test-versions lint style sanitize bench lock gpu gpu-kit clean
 
 demo: $(DEMO)
 	$(BIN)/fastbert compare
 
-test: lint
-	$(PYTEST) --dist=loadfile --no-loadscope-reorder tests
-	$(PYTEST) --triton --dist=worksteal tests/ops tests/models/test_kernels.py tests/models/test_encoder_inference.py
+# Types take one core half a minute: they are checked beside the tests.
+test: style
+	$(TYPES) & types=$$!; \
+		$(PYTEST) --dist=loadfile --no-loadscope-reorder tests \
+		&& $(PYTEST) --triton --dist=worksteal tests/ops tests/models/test_kernels.py tests/models/test_encoder_inference.py; \
+		tests=$$?; wait $$types || { echo "mypy found errors: see the start of the tests"; exit 1; }; exit $$tests
 
 test-versions: $(READY)
 	$(BIN)/python tests/versions.py $(addprefix --only ,$(ONLY))
 
-lint: $(READY)
+lint: style
+	$(TYPES)
+
+style: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 
 # Six minutes: the host kernels on all sizes under the sanitizers of addresses, undefined behaviour and threads, faults
 # planted in the CUDA kernels, which run on the host here, and every Triton kernel compiled.

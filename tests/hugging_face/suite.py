@@ -4,6 +4,7 @@ The sdist of transformers has the common tests, and neither the BERT that they r
 Both are here. The environment variable ``FASTBERT_SUITE`` says whose classes are tested: "stock" or "fastbert".
 """
 
+import gc
 import os
 import random
 import sys
@@ -52,6 +53,9 @@ from tests.test_training_mixin import TrainingTesterMixin  # noqa: E402
 
 # Common tests write each tensor into the message of an assertion, whether it fails or not: a few numbers are enough.
 torch.set_printoptions(threshold=4, edgeitems=1)
+
+# What is imported stays; it needn't be looked through for garbage.
+gc.freeze()
 
 FAST = os.environ["FASTBERT_SUITE"] == "fastbert"
 if FAST:

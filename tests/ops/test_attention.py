@@ -87,8 +87,8 @@ def test_empty_and_short_sequences_case_12(lengths, p):
 )
 def test_at_most_one_token_case_11_12_and_20(lengths, spare, p):
     """The probability of the only key is one: eager PyTorch makes no error that parity could allow twice."""
-    if select._TRITON_DEVICE == "cpu" and len(lengths) > 1000 and p == 0.0:
-        pytest.skip("with dropout as many programs run, and without it they show nothing more in several seconds")
+    if select._TRITON_DEVICE == "cpu" and len(lengths) > 1000 and not (p and spare):
+        pytest.skip("as many programs run with dropout and spare rows, and show all that these would in ten seconds")
     problem = attention(lengths, heads=2, size=2, p=p, spare_rows=spare, spare_keys=spare)
     tokens = sum(lengths)
     qkv = problem.tensors["qkv"].requires_grad_()

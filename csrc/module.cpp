@@ -433,19 +433,28 @@ void check_address(const char* name, int64_t address, int64_t multiple) {
                               "; it must be an address that is a multiple of " + std::to_string(multiple));
 }
 
-const linear::Rows* matrices_of(const Memory& matrices, int64_t count) {
+linear::Rows* matrices_of(const Memory& matrices, int64_t count) {
   check_at_least("count", count, 0);
-  const auto* rows = pointer<const linear::Rows>("matrices", matrices, count);
+  auto* rows = pointer<linear::Rows>("matrices", matrices, count);
   for (int64_t i = 0; i < count; ++i) {
-    check_at_least("rows", rows[i].rows, 0);
-    if (rows[i].rows == 0) continue;
-    check_at_least("row_bytes", rows[i].row_bytes, 2);
-    if (rows[i].row_bytes % 2 != 0) {
-      throw std::invalid_argument("row_bytes is " + std::to_string(rows[i].row_bytes) + "; it must be even");
+    const linear::Rows& matrix = rows[i];
+    check_at_least("rows", matrix.rows, 0);
+    if (matrix.rows == 0) continue;
+    const int64_t bytes = matrix.element_bytes;
+    if (bytes != 2 && bytes != 4) {
+      throw std::invalid_argument("element_bytes is " + std::to_string(bytes) + "; it may be 2 or 4");
     }
-    check_address("address", rows[i].address, 2);
-    check_address("ends", rows[i].ends, alignof(uint32_t));
-    check_address("checksums", rows[i].checksums, alignof(uint64_t));
+    check_at_least("row_bytes", matrix.row_bytes, bytes);
+    if (matrix.row_bytes % bytes != 0) {
+      throw std::invalid_argument("row_bytes is " + std::to_string(matrix.row_bytes) + "; it must be a multiple of " +
+                                  std::to_string(bytes));
+    }
+    if (matrix.rows > (int64_t{1} << 33) / matrix.row_bytes) {
+      throw std::invalid_argument("rows is " + std::to_string(matrix.rows) + "; a matrix has at most 2^33 bytes");
+    }
+    check_address("address", matrix.address, bytes);
+    check_address("samples", matrix.samples, alignof(linear::Sample));
+    check_address("checksums", matrix.checksums, alignof(uint64_t));
   }
   return rows;
 }
@@ -629,13 +638,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("CHECKSUM_TURNS") = linear::kTurns;
   m.def("checksums_remember",
         [](const Memory& matrices, int64_t count) {
-          const auto* rows = matrices_of(matrices, count);
+          auto* rows = matrices_of(matrices, count);
           const py::gil_scoped_release release;
           for (int64_t i = 0; i < count; ++i) linear::remember(rows[i]);
         },
         arg("matrices"), arg("count"),
-        "matrices is int64 [count, 5]: address, rows, bytes of a row, and the addresses of one uint32 and one uint64 for "
-        "each row, which are filled.");
+        "matrices is int64 [count, 7]: address, rows, bytes of a row and of an element, the address of two uint32 for each "
+        "row and column, the number of these that is filled, and the address of one uint64 for each row, filled too.");
   m.def("checksums_unchanged",
         [](const Memory& matrices, int64_t count, int64_t turn, int num_threads) {
           check_at_least("turn", turn, 0);
@@ -645,8 +654,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           return linear::unchanged(rows, count, turn, num_threads);
         },
         arg("matrices"), arg("count"), arg("turn"), arg("num_threads"),
-        "Whether matrices are what they were when they were remembered: changed rows and columns are seen at once, and an "
-        "element within CHECKSUM_TURNS turns.");
+        "Whether matrices are what they were when they were remembered: a row or column of which all numbers have changed "
+        "is seen at once, and an element within CHECKSUM_TURNS turns.");
 
   m.def("encoder_layer_scratch",
         [](int64_t hidden, int64_t features) {

@@ -2,8 +2,8 @@
 
 The packed copy of a weight is private: it is held here, keyed on the module that owns the weight, never saved, and
 rebuilt when the weight has changed. Changes that torch counts are seen at once. Others (through ``.data``, or an array
-of numpy that shares the memory) are looked for at each use: those of a row, a column or a bias are seen at once, and
-those of single elements within ``FORWARDS_TO_READ_ALL`` uses, since so many read the whole weight.
+of numpy that shares the memory) are looked for at each use: those of a bias, and of all of a row or column, are seen at
+once, those of single elements within ``FORWARDS_TO_READ_ALL`` uses, since so many read the whole weight.
 ``backends/host_linear.py`` multiplies by it where it can, otherwise ``backends/onednn.py``.
 """
 
@@ -33,21 +33,24 @@ class PackedLinear(NamedTuple):
 
 
 class _Checksums:
-    """What parameters held: one element and a checksum of each row, a vector being one row."""
+    """What parameters held: one element and a checksum of each row, a vector being one row, and more of sparse ones."""
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         matrices = [p.detach().reshape(-1, p.shape[-1]) for p in parameters]
         rows = sum(matrix.shape[0] for matrix in matrices)
-        ends, checksums = torch.empty(rows, dtype=torch.int32), torch.empty(rows, dtype=torch.int64)
+        samples = torch.empty(sum(sum(matrix.shape) for matrix in matrices), 2, dtype=torch.int32)
+        checksums = torch.empty(rows, dtype=torch.int64)
         # The parameters' memory is kept with the rest, so that an address can't come to mean another tensor.
-        self._kept = (matrices, ends, checksums)
-        table, first = [], 0
+        self._kept = (matrices, samples, checksums)
+        table, row, sample = [], 0, 0
         for matrix in matrices:
             count, columns = matrix.shape
-            places = (ends[first:].data_ptr(), checksums[first:].data_ptr())
-            table.append([matrix.data_ptr(), count, columns * matrix.itemsize, *places])
-            first += count
-        assert first == rows, "the extension writes as many checksums as there are rows"
+            size = (matrix.data_ptr(), count, columns * matrix.itemsize, matrix.itemsize)
+            table.append([*size, samples[sample:].data_ptr(), 0, checksums[row:].data_ptr()])
+            row += count
+            sample += count + columns
+        assert row == rows, "the extension writes as many checksums as there are rows"
+        assert sample == len(samples), "the extension has room for as many samples as there are rows and columns"
         self._table = torch.tensor(table)
         self._turn = 0
         extension.module().checksums_remember(extension.memory(self._table), len(table))

@@ -99,6 +99,36 @@ def test_a_row_or_column_is_seen_at_once_case_56(edit, part, runs, model):
     assert torch.equal(states(model), fresh(model))
 
 
+def a_zero_column(weight):
+    weight[:, 0] = 0.0
+
+
+def a_zero_head(weight):
+    """As pruning leaves it; of the turns that read some rows whole, several would see zeros only."""
+    weight[: weight.shape[0] // 3] = 0.0
+
+
+def mostly_zeros(weight):
+    """Half of them are -0.0."""
+    weight *= torch.rand(weight.shape, generator=torch.Generator().manual_seed(5)) > 0.95
+
+
+@pytest.mark.parametrize("prepare", [a_zero_column, a_zero_head, mostly_zeros], ids=lambda prepare: prepare.__name__)
+@pytest.mark.parametrize("part", ["attention.self.key", "intermediate.dense"])
+def test_a_row_or_column_of_a_sparse_weight_is_seen_at_once_case_56(prepare, part, model):
+    weight = model.get_parameter(f"encoder.layer.1.{part}.weight").data
+    prepare(weight)
+    fastbert.refresh(model)
+    states(model)
+    rows = [weight[row] for row in (0, 1, 34, 51, -2, -1)]
+    columns = [weight[:, column] for column in (0, 1, 2, weight.shape[1] // 2, -3, -2, -1)]
+    edited = [line for line in [*rows, *columns] if line.any()]
+    assert len(edited) > 8
+    for line in edited:
+        line *= 0.0
+        assert torch.equal(states(model), fresh(model))
+
+
 @pytest.mark.parametrize("part", LINEARS)
 @pytest.mark.parametrize("place", [0, 41, -1])
 def test_an_element_of_a_bias_is_seen_at_once_case_56(part, place, model):

@@ -20,6 +20,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "attention/amx.h"
@@ -449,23 +450,33 @@ void linear_layers(const std::vector<Set>& sets, bool quick) {
 
 // Checksums of weights.
 
+// One in `every` of the elements of a weight is not zero.
 template <typename T>
-void checksum_of(int64_t rows, int64_t columns) {
-  every_way("checksum", text({rows, columns, sizeof(T)}), [=](const Way& way) {
+void checksum_of(int64_t rows, int64_t columns, int64_t every) {
+  every_way("checksum", text({rows, columns, sizeof(T), every}), [=](const Way& way) {
     auto weight = output<T>(rows * columns, way);
-    std::iota(weight.begin(), weight.end(), T{1});
-    auto ends = output<uint32_t>(rows, way);
+    for (int64_t i = 0; i < rows * columns; ++i) weight[i] = i % every == 0 ? static_cast<T>(i % 30000 + 1) : T{0};
+    auto samples = output<linear::Sample>(rows + columns, way);
     auto checksums = output<uint64_t>(rows, way);
     const auto address = [](const auto& buffer) { return reinterpret_cast<int64_t>(buffer.data()); };
-    const linear::Rows matrix{address(weight), rows, columns * static_cast<int64_t>(sizeof(T)), address(ends),
-                              address(checksums)};
+    constexpr int64_t kBytes = sizeof(T);
+    linear::Rows matrix{address(weight), rows, columns * kBytes, kBytes, address(samples), 0, address(checksums)};
     linear::remember(matrix);
-    ends.freeze();
+    samples.freeze();
     checksums.freeze();
     const linear::Rows matrices[] = {matrix, matrix};
     for (int64_t turn = 0; turn < linear::kTurns; ++turn) {
       if (!linear::unchanged(matrices, 2, turn, way.threads)) fail("a matrix that is the same has changed");
     }
+    const auto check_line = [&](int64_t first, int64_t step, int64_t count) {
+      std::vector<T> kept;
+      for (int64_t i = 0; i < count; ++i) kept.push_back(std::exchange(weight[first + i * step], T{0}));
+      const bool was_zero = std::all_of(kept.begin(), kept.end(), [](T value) { return value == 0; });
+      if (linear::unchanged(matrices, 2, 0, way.threads) != was_zero) fail("a row or column is zero, and it wasn't seen");
+      for (int64_t i = 0; i < count; ++i) weight[first + i * step] = kept[i];
+    };
+    for (int64_t row = 0; row < rows; row += 1 + rows / 9) check_line(row * columns, 1, columns);
+    for (int64_t column = 0; column < columns; column += 1 + columns / 9) check_line(column, columns, rows);
     weight[rows * columns / 2] ^= T{1};
     bool seen = false;
     for (int64_t turn = 0; turn < linear::kTurns; ++turn) seen |= !linear::unchanged(matrices, 2, turn, way.threads);
@@ -478,8 +489,10 @@ void checksums(bool quick) {
   std::vector<std::array<int64_t, 2>> shapes = {{1, 1}, {1, 7}, {65, 33}};
   if (!quick) shapes.insert(shapes.end(), {{3, 32}, {63, 2}, {300, 5}, {1000, 64}});
   for (const auto& [rows, columns] : shapes) {
-    checksum_of<uint16_t>(rows, columns);
-    checksum_of<uint32_t>(rows, columns);
+    for (const int64_t every : {1, 37}) {
+      checksum_of<uint16_t>(rows, columns, every);
+      checksum_of<uint32_t>(rows, columns, every);
+    }
   }
 }
 

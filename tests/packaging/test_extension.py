@@ -592,6 +592,50 @@ def test_bad_numbers(name: str, change: dict[str, Any], message: str) -> None:
         call_with(name, CALLS[name]() | change)
 
 
+def matrices() -> tuple[Tensor, list[Tensor]]:
+    """A table of one matrix for the checksums, and the tensors whose memory it names."""
+    weight, samples = torch.ones(3, 5), torch.empty(8, 2, dtype=torch.int32)
+    checksums = torch.empty(3, dtype=torch.int64)
+    table = torch.tensor([[weight.data_ptr(), 3, 20, 4, samples.data_ptr(), 0, checksums.data_ptr()]])
+    return table, [weight, samples, checksums]
+
+
+def test_checksums_see_an_edit() -> None:
+    table, (weight, *_) = matrices()
+    C.checksums_remember(matrices=extension.memory(table), count=1)
+    given = {"matrices": extension.memory(table), "count": 1, "turn": 1, "num_threads": 1}
+    assert C.checksums_unchanged(**given)
+    weight[1] = 0.0
+    assert not C.checksums_unchanged(**given)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (0, 0, "address is 0; it must be an address that is a multiple of 4"),
+        (0, 4098, "address is 4098; it must be an address that is a multiple of 4"),
+        (1, -1, "rows is -1; it may be 0 or more"),
+        (1, 2**31, "rows is 2147483648; a matrix has at most 2^33 bytes"),
+        (2, 3, "row_bytes is 3; it may be 4 or more"),
+        (2, 22, "row_bytes is 22; it must be a multiple of 4"),
+        (3, 8, "element_bytes is 8; it may be 2 or 4"),
+        (4, 6, "samples is 6; it must be an address that is a multiple of 4"),
+        (6, 12, "checksums is 12; it must be an address that is a multiple of 8"),
+    ],
+)
+def test_a_bad_matrix_is_refused(column: int, value: int, message: str) -> None:
+    table, _ = matrices()
+    table[0, column] = value
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        C.checksums_remember(matrices=extension.memory(table), count=1)
+
+
+def test_a_table_of_another_size_is_refused() -> None:
+    table, _ = matrices()
+    with pytest.raises(ValueError, match=r"^matrices has 56 bytes; it must have 112$"):
+        C.checksums_remember(matrices=extension.memory(table), count=2)
+
+
 def test_memory_is_that_of_a_contiguous_tensor() -> None:
     tensor = torch.zeros(4, 6, dtype=torch.bfloat16)
     assert extension.memory(tensor) == (tensor.data_ptr(), 48)

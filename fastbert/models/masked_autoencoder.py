@@ -15,10 +15,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import BertConfig, BertPreTrainedModel, initialization
+from transformers import BertConfig, BertPreTrainedModel
 from transformers.modeling_outputs import MaskedLMOutput
-from transformers.models.bert import modeling_bert as hf
 
+from fastbert.backends.select import UnsupportedError
+from fastbert.models import upstream
 from fastbert.models.bert import IGNORED_LABEL, BertModel, Head
 
 _DECODER_LAYERS = 2
@@ -33,9 +34,9 @@ class _Decoder(BertModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)  # type: ignore[no-untyped-call]  # Hugging Face's has no annotations
-        if isinstance(module, hf.BertEmbeddings):
-            weight = module.position_embeddings.weight
-            initialization.copy_(weight, _sinusoids(*weight.shape))
+        if module is self.embeddings:
+            weight = self.embeddings.position_embeddings.weight
+            upstream.fill(weight, _sinusoids(*weight.shape))
 
 
 class BertForMaskedAutoencoding(Head, BertPreTrainedModel):
@@ -45,6 +46,10 @@ class BertForMaskedAutoencoding(Head, BertPreTrainedModel):
     ``decoder_hidden_size`` (half the encoder's), ``decoder_num_attention_heads`` (as many heads as keep the encoder's
     head size) and ``decoder_intermediate_size`` (four times the decoder's hidden size). The encoder is ``bert``,
     without a pooler: ``BertModel.from_pretrained`` of a saved autoencoder loads it, here and in plain transformers.
+
+    Raises:
+        ValueError: the numbers don't fit together.
+        UnsupportedError: the installed transformers lacks an inner name that it is made with.
     """
 
     _tied_weights_keys = {  # noqa: RUF012 - Hugging Face's own attribute
@@ -53,6 +58,8 @@ class BertForMaskedAutoencoding(Head, BertPreTrainedModel):
     }
 
     def __init__(self, config: BertConfig) -> None:
+        if reason := upstream.no_autoencoder():
+            raise UnsupportedError(reason)
         hidden = getattr(config, "decoder_hidden_size", None) or config.hidden_size // 2
         head_size = config.hidden_size // config.num_attention_heads
         heads = getattr(config, "decoder_num_attention_heads", None) or max(1, hidden // head_size)
@@ -70,12 +77,13 @@ class BertForMaskedAutoencoding(Head, BertPreTrainedModel):
         # Its table of words has one: the vector that stands for a masked token.
         self.decoder = _Decoder(_decoder_config(config), add_pooling_layer=False)
         self.from_decoder = nn.Linear(hidden, config.hidden_size)
-        self.predictions = hf.BertLMPredictionHead(config)
+        self.predictions = upstream.BertLMPredictionHead(config)
         self.post_init()  # type: ignore[no-untyped-call]
 
     def get_output_embeddings(self) -> nn.Module:
         """The product with the vocabulary, which is tied to the encoder's embeddings."""
-        return self.predictions.decoder
+        decoder: nn.Module = self.predictions.decoder
+        return decoder
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the product with the vocabulary."""

@@ -1,21 +1,20 @@
 """The inner names of transformers that fastbert relies on, and what it does where one of them is gone.
 
 transformers renames its internals from one release to the next. What is read of them stands here and nowhere else. A
-class that is missing is replaced by one that nothing is an instance of, and a part that isn't what it was
-(``unknown``) is left to Hugging Face: a rename costs speed then, and raises nothing.
+class that is missing is replaced by one that nothing is an instance of, and any other name by None. A part that isn't
+what it was (``unknown``) is left to Hugging Face: a rename costs speed then, and raises nothing. Only what can't do
+without a name refuses, with a reason: the masked autoencoder.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
 import transformers
 from torch import nn
-from transformers import activations, masking_utils
-from transformers.integrations import sdpa_attention
 from transformers.models.bert import modeling_bert
-from transformers.utils import generic, import_utils, output_capturing
 
 # For each part that is fused: the attributes of its parent that are read, and how the arguments of its parent's
 # forward begin.
@@ -56,6 +55,14 @@ else:
         globals()[_name] = getattr(modeling_bert, _name, None) or type(_name, (nn.Module,), {})
 
 
+def _find(module: str, name: str) -> Any:
+    """What ``name`` is in a module of transformers; None where either is gone."""
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
 def _arguments(function: Any) -> list[str]:
     """The names of the arguments of ``function``, without ``*args`` and ``**kwargs``."""
     if function is None:
@@ -78,6 +85,16 @@ FORWARD_ARGUMENTS = tuple(_arguments(modeling_bert.BertModel.forward))[1:]
 # The names of the cache in transformers from 5.24 on and before; stock's forward knows the first, or only the second.
 CACHE, OLD_CACHE = "cache", "past_key_values"
 
+# What ``attn_implementation`` is looked up in, what stock's "sdpa" is there, and the mask function of an encoder.
+AttentionInterface: Any = _find("transformers", "AttentionInterface")
+AttentionMaskInterface: Any = _find("transformers", "AttentionMaskInterface")
+sdpa_attention_forward: Any = _find("transformers.integrations.sdpa_attention", "sdpa_attention_forward")
+sdpa_mask: Any = _find("transformers.masking_utils", "sdpa_mask")
+bidirectional_mask_function: Any = _find("transformers.masking_utils", "bidirectional_mask_function")
+HAS_INTERFACE = None not in (
+    *(AttentionInterface, AttentionMaskInterface, sdpa_attention_forward, sdpa_mask, bidirectional_mask_function),
+)
+
 # Keywords that change nothing of an encoder's states, or that the packed way serves itself.
 _NEUTRAL = frozenset(
     (
@@ -89,12 +106,13 @@ _NEUTRAL = frozenset(
         "use_cache",
     )
 )
-# Keywords that stock's forward or its attention reads; any other it ignores.
+# Keywords that stock's forward or its attention reads; any other it ignores. Those that change what a forward gives
+# are named as well: where stock's lists are gone, they would be ignored without a word.
 CONSEQUENTIAL = (
     frozenset(FORWARD_ARGUMENTS)
-    | frozenset(_arguments(getattr(sdpa_attention, "sdpa_attention_forward", None)))
-    | frozenset(getattr(getattr(generic, "TransformersKwargs", None), "__annotations__", ()))
-    | frozenset({"debug_io", "softcap", CACHE, OLD_CACHE})
+    | frozenset(_arguments(sdpa_attention_forward))
+    | frozenset(getattr(_find("transformers.utils", "TransformersKwargs"), "__annotations__", ()))
+    | frozenset({"debug_io", "is_causal", "output_attentions", "position_bias", "softcap", CACHE, OLD_CACHE})
 ) - _NEUTRAL
 
 
@@ -102,35 +120,29 @@ def _no_capture(forward: Any) -> Any:
     return forward
 
 
-# The decorator that collects hidden states, where it looks up what a class can give, and the module of its hooks.
-CAPTURING = output_capturing.__name__
-capture_outputs: Any = getattr(output_capturing, "capture_outputs", _no_capture)
-_registry: Any = getattr(output_capturing, "_CAN_RECORD_REGISTRY", None)
+# The module of the hooks that collect hidden states, its decorator, and where that looks up what a class can give.
+CAPTURING = "transformers.utils.output_capturing"
+capture_outputs: Any = _find(CAPTURING, "capture_outputs") or _no_capture
+_registry: Any = _find(CAPTURING, "_CAN_RECORD_REGISTRY")
 
 # The activations of the GELU family, with the ``approximate`` of each.
 GELU: dict[type, str] = {
-    getattr(activations, name): approximate
+    activation: approximate
     for name, approximate in (
         ("GELUActivation", "none"),
         ("GELUTanh", "tanh"),
         ("NewGELUActivation", "tanh"),
         ("FastGELUActivation", "tanh"),
     )
-    if hasattr(activations, name)
+    if (activation := _find("transformers.activations", name))
 }
 
 # The class of transformers' own top module.
-LazyModule: Any = getattr(import_utils, "_LazyModule", None)
+LazyModule: Any = type(transformers)
 
-# What ``attn_implementation`` is looked up in, what stock's "sdpa" is there, and the mask function of an encoder.
-AttentionInterface: Any = getattr(transformers, "AttentionInterface", None)
-AttentionMaskInterface: Any = getattr(masking_utils, "AttentionMaskInterface", None)
-sdpa_attention_forward: Any = getattr(sdpa_attention, "sdpa_attention_forward", None)
-sdpa_mask: Any = getattr(masking_utils, "sdpa_mask", None)
-bidirectional_mask_function: Any = getattr(masking_utils, "bidirectional_mask_function", None)
-HAS_INTERFACE = None not in (
-    *(AttentionInterface, AttentionMaskInterface, sdpa_attention_forward, sdpa_mask, bidirectional_mask_function),
-)
+# What the masked autoencoder needs: a head over the vocabulary, and what fills a weight that no checkpoint has filled.
+BertLMPredictionHead: Any = _find("transformers.models.bert.modeling_bert", "BertLMPredictionHead")
+fill: Any = _find("transformers.initialization", "copy_")
 
 
 def register_outputs(model: nn.Module) -> None:
@@ -144,6 +156,21 @@ def uncapturable() -> str | None:
     if capture_outputs is _no_capture or _registry is None:
         return f"transformers {transformers.__version__} collects hidden states in a way that fastbert doesn't know"
     return None
+
+
+def no_autoencoder() -> str | None:
+    """Why no masked autoencoder can be made, in one sentence; None when one can."""
+    for name, found in (("BertLMPredictionHead", BertLMPredictionHead), ("initialization.copy_", fill)):
+        if found is None:
+            return f"transformers {transformers.__version__} has no {name}, which BertForMaskedAutoencoding needs"
+    return None
+
+
+def safe_globals() -> Any:
+    """The context in which Trainer reads its own files with ``torch.load``; None where that is gone."""
+    # Looked up when it is needed: its module takes long to import.
+    made = _find("transformers.trainer_pt_utils", "safe_globals")
+    return None if made is None else made()
 
 
 def unknown(module: nn.Module, name: str) -> str | None:

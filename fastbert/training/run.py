@@ -18,15 +18,15 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import Dataset
 from transformers import (
     EarlyStoppingCallback,
+    IntervalStrategy,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
+    SchedulerType,
     TrainingArguments,
 )
-from transformers.models.bert import modeling_bert as hf
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import IntervalStrategy, SchedulerType
 
+from fastbert.models import upstream
 from fastbert.training import resume
 from fastbert.training.batches import Batches, Collator, Keyed
 from fastbert.training.errors import DataError
@@ -190,8 +190,8 @@ def train(
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     if is_main_process():
-        # A pickle, that nothing reads: what it holds is in fastbert.json.
-        (settings.output / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        # Trainer's pickle of its arguments, that nothing reads: what it holds is in fastbert.json.
+        (settings.output / "training_args.bin").unlink(missing_ok=True)
     if eval_data is None:
         return {}
     step = trainer.state.global_step if best is None else trainer.state.best_global_step
@@ -209,7 +209,7 @@ def _shard(model: PreTrainedModel) -> None:
     """
     model.to(PartialState().device)
     for module in model.modules():
-        if isinstance(module, hf.BertLayer):
+        if isinstance(module, upstream.BertLayer):
             fully_shard(module)
     fully_shard(model)
 

@@ -1,5 +1,7 @@
 """What transformers may change: its names of today and of before, keywords of others, and renames still to come."""
 
+import ast
+import importlib.util
 import inspect
 import json
 import pathlib
@@ -15,13 +17,15 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert.models import layers, upstream
+from fastbert.training import resume
 
 # The names of the cache in the installed transformers and in one of the future.
 _CACHE = upstream.CACHE if upstream.CACHE in upstream.FORWARD_ARGUMENTS else upstream.OLD_CACHE
 _OUTPUT = "self.output(intermediate_output, attention_output"
 _RESIDUAL = "input_tensor: torch.Tensor)"
 
-# What a transformers of the future has renamed: texts of its BERT and names elsewhere. And how a forward goes there.
+# What a transformers of the future has renamed: texts of its BERT, and elsewhere names, or a module where there is no
+# name. And how a forward goes there.
 FUTURES = {
     "nothing": ([], [], "packed"),
     "the cache's length": ([(f"{_CACHE}_length", "memory_length")], [], "packed"),
@@ -41,6 +45,8 @@ FUTURES = {
         [],
         r"encoder is a .*\.BertTrunk, which knows padded states only",
     ),
+    "a third class": ([("BertEmbeddings", "BertTokens")], [], r"embeddings is a .*\.BertTokens, which knows padded"),
+    "the head's class": ([("BertLMPredictionHead", "BertWordHead")], [], "packed"),
     "an argument": (
         [("input_tensor", "residual")],
         [],
@@ -53,16 +59,27 @@ FUTURES = {
         [
             ("activations", "FastGELUActivation"),
             ("integrations.sdpa_attention", "sdpa_attention_forward"),
-            ("utils.generic", "TransformersKwargs"),
-            ("utils.import_utils", "_LazyModule"),
+            ("utils", "TransformersKwargs"),
         ],
         "packed",
     ),
+    "the module of activations": ([], [("activations", "")], "packed"),
+    "the module of masks": ([], [("masking_utils", "")], "packed"),
+    "the module of attention": ([], [("integrations.sdpa_attention", "")], "packed"),
+    "the module of output capturing": ([], [("utils.output_capturing", "")], "packed"),
+    "the module of first values": ([], [("initialization", "")], "packed"),
+}
+# Whether a masked autoencoder can be made in some of them, or why not.
+AUTOENCODERS = {
+    "nothing": "made",
+    "a third class": "made",
+    "the head's class": r"UnsupportedError: transformers \S+ has no BertLMPredictionHead, which BertForMasked\w+ needs",
+    "the module of first values": r"UnsupportedError: transformers \S+ has no initialization.copy_, which \w+ needs",
 }
 
 # Puts each of them in place before fastbert's models are imported, compares, and prints how the forwards went.
 PROGRAM = """
-import importlib, importlib.util, json, sys
+import importlib, importlib.util, json, sys, traceback
 
 import torch
 import transformers
@@ -85,8 +102,16 @@ def changed(texts, names):
     gone = []
     for owner, name in names:
         owner = importlib.import_module(f"transformers.{owner}")
-        gone.append((owner, name, getattr(owner, name)))
-        delattr(owner, name)
+        if name:
+            gone.append((owner, name, getattr(owner, name)))
+            delattr(owner, name)
+        else:
+            gone.append((sys.modules, owner.__name__, owner))
+            sys.modules[owner.__name__] = None
+            parent, _, name = owner.__name__.rpartition(".")
+            if name in vars(sys.modules[parent]):
+                gone.append((sys.modules[parent], name, owner))
+                delattr(sys.modules[parent], name)
     for name in list(sys.modules):
         if name == "fastbert" or name.startswith(("fastbert.models", "models")):
             del sys.modules[name]
@@ -112,23 +137,40 @@ def compare(twins):
     torch.testing.assert_close(fast(ids).logits, reference(ids).logits, atol=1e-5, rtol=1e-5)
 
 
+def autoencoder(fastbert, twins):
+    try:
+        model = fastbert.BertForMaskedAutoencoding(twins.config())
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    weight = model.decoder.embeddings.position_embeddings.weight
+    wanted = fastbert.models.masked_autoencoder._sinusoids(*weight.shape)
+    return "made" if torch.equal(weight, wanted) else "its positions are random"
+
+
 def routes(texts, names):
     gone = changed(texts, names)
-    import fastbert
-    from models import twins
-
     try:
+        import fastbert
+        from models import twins
+
         with torch.no_grad():
             compare(twins)
             model = fastbert.accelerate(twins.twins()[0])
             model(**twins.batch(kind="right"))
             found = [model.route]
-            model(**twins.batch(kind="right"), output_hidden_states=True)
+            for wish in ("output_hidden_states", "output_attentions"):
+                model(**twins.batch(kind="right"), **{wish: True})
+                found.append(model.route)
             assert fastbert.explain(model)
-            return [*found, model.route]
+            return [*found, autoencoder(fastbert, twins)]
+    except Exception:
+        return traceback.format_exc()
     finally:
         for owner, name, value in gone:
-            setattr(owner, name, value)
+            if owner is sys.modules:
+                owner[name] = value
+            else:
+                setattr(owner, name, value)
 
 
 print(json.dumps({future: routes(texts, names) for future, (texts, names, _) in json.load(sys.stdin).items()}))
@@ -137,7 +179,7 @@ print(json.dumps({future: routes(texts, names) for future, (texts, names, _) in 
 
 @pytest.fixture(scope="module")
 def futures():
-    """How a forward went in each of them, without and with hidden states."""
+    """How a forward went in each of them: plain, with hidden states, with attentions. And a masked autoencoder."""
     run = subprocess.run(
         [sys.executable, "-c", PROGRAM, str(pathlib.Path(__file__).parents[1])],
         input=json.dumps(FUTURES),
@@ -151,12 +193,68 @@ def futures():
 
 @pytest.mark.parametrize("name", FUTURES)
 def test_a_rename_costs_speed_and_no_more(name, futures):
-    plain, with_states = futures[name]
+    assert isinstance(futures[name], list), futures[name]
+    plain, with_states, with_attentions, _ = futures[name]
     assert re.match(FUTURES[name][2], plain)
-    if name == "output capturing":
+    if "output capturing" in name:
         assert with_states.endswith("collects hidden states in a way that fastbert doesn't know")
     else:
         assert with_states == plain
+    if plain == "packed":
+        assert with_attentions == "output_attentions is given, which only the padded way serves"
+    else:
+        assert with_attentions == plain
+
+
+@pytest.mark.parametrize("name", AUTOENCODERS)
+def test_an_autoencoder_is_made_or_says_what_is_missing(name, futures):
+    assert re.fullmatch(AUTOENCODERS[name], futures[name][-1])
+
+
+# What is imported of transformers elsewhere than in upstream.py, though it isn't at its top, and why that may be.
+PUBLIC = {
+    "transformers.models.bert": "where each of its models keeps its classes",
+    "transformers.modeling_outputs": "documented: what a forward returns",
+    "transformers.utils.logging": "documented: how little it prints",
+    "transformers.activations.ACT2FN": "the names that hidden_act may have; only the commands read it",
+}
+
+
+def _imported(path):
+    """The full names of all that a file imports, or imports from."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def _is_inner(name):
+    top, *rest = name.split(".")
+    if top != "transformers" or not rest:
+        return False
+    return len(rest) > 1 or importlib.util.find_spec(name) is not None
+
+
+def test_inner_names_stand_in_one_file():
+    package = pathlib.Path(fastbert.__file__).parent
+    used, misplaced = set(), []
+    for path in set(package.rglob("*.py")) - {pathlib.Path(upstream.__file__)}:
+        for name in filter(_is_inner, _imported(path)):
+            public = {public for public in PUBLIC if f"{name}.".startswith(f"{public}.")}
+            used |= public
+            misplaced += [] if public else [f"{path.relative_to(package)}: {name}"]
+    assert not misplaced
+    assert used == set(PUBLIC)
+
+
+def test_without_trainer_s_list_an_archive_is_read_by_zip_alone(tmp_path, monkeypatch):
+    path = tmp_path / "rng_state.pth"
+    torch.save({"python": (3, (1, 2), None)}, path)
+    monkeypatch.setitem(sys.modules, "transformers.trainer_pt_utils", None)
+    assert resume._is_sound_archive(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    assert not resume._is_sound_archive(path)
 
 
 @pytest.mark.parametrize("name", upstream._READ)

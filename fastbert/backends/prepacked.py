@@ -40,8 +40,6 @@ class _Checksums:
         rows = sum(matrix.shape[0] for matrix in matrices)
         samples = torch.empty(sum(sum(matrix.shape) for matrix in matrices), 2, dtype=torch.int32)
         checksums = torch.empty(rows, dtype=torch.int64)
-        # The parameters' memory is kept with the rest, so that an address can't come to mean another tensor.
-        self._kept = (matrices, samples, checksums)
         table, row, sample = [], 0, 0
         for matrix in matrices:
             count, columns = matrix.shape
@@ -51,16 +49,19 @@ class _Checksums:
             sample += count + columns
         assert row == rows, "the extension writes as many checksums as there are rows"
         assert sample == len(samples), "the extension has room for as many samples as there are rows and columns"
-        self._table = torch.tensor(table)
+        described = torch.tensor(table)
+        # The parameters' memory is kept with the rest, so that an address can't come to mean another tensor.
+        self._kept = (matrices, samples, checksums, described)
+        self._table = (extension.memory(described), len(table))
         self._turn = 0
-        extension.module().checksums_remember(extension.memory(self._table), len(table))
+        module = extension.module()
+        module.checksums_remember(*self._table)
+        self._compare = module.checksums_unchanged
 
     def unchanged(self) -> bool:
         """Whether the parameters are what they were, as far as can be seen at this turn."""
         self._turn += 1
-        same: bool = extension.module().checksums_unchanged(
-            extension.memory(self._table), self._table.shape[0], self._turn, torch.get_num_threads()
-        )
+        same: bool = self._compare(*self._table, self._turn, torch.get_num_threads())
         return same
 
 

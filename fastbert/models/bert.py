@@ -271,7 +271,13 @@ def static_padded_reason(model: hf.BertModel) -> str | None:
     if config.layer_norm_eps == 0:
         return "layer_norm_eps is 0, and a head's LayerNorm would divide by zero where padding has become zeros"
     replaced, hooked = _looked_through(model)
-    return replaced or layers.unserved(model.embeddings.LayerNorm.weight) or hooked
+    return replaced or layers.unserved(_any_parameter(model)) or hooked
+
+
+def _any_parameter(model: hf.BertModel) -> Tensor:
+    """One that is found at once: that of the first LayerNorm, or if it has none, the model's first."""
+    weight: Tensor | None = getattr(model.embeddings.LayerNorm, "weight", None)
+    return next(model.parameters()) if weight is None else weight
 
 
 def _looked_through(model: hf.BertModel) -> tuple[str | None, str | None]:

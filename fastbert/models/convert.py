@@ -16,7 +16,7 @@ from torch import nn
 from transformers.models.bert import modeling_bert
 
 from fastbert.backends import prepacked
-from fastbert.models import bert, upstream
+from fastbert.models import bert, layers, upstream
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -31,7 +31,7 @@ def accelerate(model: _Model, strict: bool = False) -> _Model:
 
     Weights, hooks and the module tree stay as they are; only the classes of BERT's modules change, so it works on
     anything that holds a BERT: a head, a ``SentenceTransformer``, a PEFT model, an ``EncoderDecoderModel``. Where there
-    is none it warns, and changes nothing.
+    is none, or where no part of one would be fused as it is configured, it warns and says why.
 
     Args:
         model: any module.
@@ -42,17 +42,25 @@ def accelerate(model: _Model, strict: bool = False) -> _Model:
             why.
     """
     changed = bert.fuse(model)
-    if not changed and not strict and not any(isinstance(part, bert.BertModel) for part in model.modules()):
-        warnings.warn(f"nothing was fused: {_no_bert(model)}", stacklevel=2)
+    found = {path or "the model": part for path, part in model.named_modules() if isinstance(part, bert.BertModel)}
+    reasons = {path: bert.static_padded_reason(part) for path, part in found.items()}
+    padded = bool(found) and all(reasons.values())
     if strict:
-        found = {path or "the model": part for path, part in model.named_modules() if isinstance(part, bert.BertModel)}
         if not found:
             raise ValueError(_no_bert(model))
-        reasons = {path: bert.static_padded_reason(part) for path, part in found.items()}
-        if all(reasons.values()):
-            told = "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
-            raise ValueError(f"no BERT in model can be packed: {told}")
+        if padded:
+            raise ValueError(f"no BERT in model can be packed: {_listed(reasons)}")
+    elif not found and not changed:
+        warnings.warn(f"nothing was fused: {_no_bert(model)}", stacklevel=2)
+    elif padded and not any(isinstance(part, layers.CONFIGURED) and not part.unfused() for part in model.modules()):
+        # A decoder's parts are fused unless eager attention forbids it; then that is what to change.
+        reasons |= {path: asked for path, part in found.items() if (asked := layers.stock_asked_for(part.config))}
+        warnings.warn(f"nothing was fused: {_listed(reasons)}", stacklevel=2)
     return model
+
+
+def _listed(reasons: dict[str, str | None]) -> str:
+    return "; ".join(f"{path}: {reason}" for path, reason in reasons.items())
 
 
 def _no_bert(model: nn.Module) -> str:
@@ -63,9 +71,9 @@ def _no_bert(model: nn.Module) -> str:
 def refresh(model: nn.Module) -> None:
     """Make the next forward of ``model`` see every change of a weight.
 
-    Inference on a CPU multiplies by reordered copies of the weights, which follow what torch counts as a change and any
-    edit of a row, a column or a bias. An edit of single elements that torch doesn't see (through ``.data``, or an array
-    of numpy that shares the memory) may take up to 64 forwards to be seen; call this after one.
+    Inference on a CPU multiplies by reordered copies of the weights, which follow what torch counts as a change, any
+    edit of a bias, and of all of a row or column. An edit of single elements that torch doesn't see (through ``.data``,
+    or an array of numpy that shares the memory) may take up to 64 forwards to be seen; call this after one.
     """
     prepacked.refresh(model)
 

@@ -177,7 +177,8 @@ def _dense_dropout_residual_norm(module: Any, hidden_states: Tensor, residual: T
 
 def _norm_reason(module: Any, before: nn.Module) -> str | None:
     """Why dropout and LayerNorm can't run as one op after ``before``, in one sentence; None when they can."""
-    norm, weight = module.LayerNorm, before.weight
+    # A module around the one that was there may have none.
+    norm, weight = module.LayerNorm, getattr(before, "weight", None)
     if reason := unusual(norm, nn.LayerNorm) or unusual(module.dropout, nn.Dropout):
         return reason
     if isinstance(weight, Tensor) and weight.is_floating_point():

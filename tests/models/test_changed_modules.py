@@ -58,6 +58,22 @@ def quantize(model, path=None):
     quantization.quantize_dynamic(model, {types: quantization.default_dynamic_qconfig}, inplace=True)
 
 
+class Around(nn.Module):
+    """It has no weight of its own."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return 1.5 * self.linear(x)
+
+
+def wrap(model, path):
+    owner, _, name = path.rpartition(".")
+    setattr(model.get_submodule(owner), name, Around(model.get_submodule(path)))
+
+
 def output_hook(model, path):
     model.get_submodule(path).register_forward_hook(lambda module, args, output: 1.5 * output)
 
@@ -66,7 +82,7 @@ def input_hook(model, path):
     model.get_submodule(path).register_forward_pre_hook(lambda module, args: (1.5 * args[0],))
 
 
-CHANGES = (scale, replace_forward, prune_half, prune_bias, parametrize, quantize, output_hook, input_hook)
+CHANGES = (scale, wrap, replace_forward, prune_half, prune_bias, parametrize, quantize, output_hook, input_hook)
 HOOKS = (output_hook, input_hook)
 
 

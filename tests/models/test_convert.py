@@ -360,6 +360,51 @@ def test_accelerate_warns_where_it_fused_nothing():
         fastbert.accelerate(fastbert.accelerate(twins.twins("BertForMaskedLM")[0]))
 
 
+DECODER = {"is_decoder": True, "add_cross_attention": True}
+EAGER = {"attn_implementation": "eager"}
+ASKED = "attn_implementation='eager' was asked for"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "told"),
+    [
+        ("BertModel", EAGER, f"the model: {ASKED}"),
+        ("BertForMaskedLM", EAGER, f"bert: {ASKED}"),
+        ("BertLMHeadModel", DECODER | EAGER, f"bert: {ASKED}"),
+        ("BertForMaskedLM", {}, None),
+        ("BertForMaskedLM", {"is_causal": True}, None),
+        ("BertLMHeadModel", DECODER, None),
+        ("BertLMHeadModel", DECODER | {"hidden_act": "relu"}, None),
+    ],
+    ids=str,
+)
+def test_accelerate_warns_where_no_kernel_would_run(name, changes, told):
+    """As ``explain`` has it: a decoder is padded, and parts of it are fused all the same."""
+    model = getattr(hf, name)(twins.config(**changes)).eval()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        fastbert.accelerate(model)
+    rows = fastbert.explain(model)
+    fused = [row for row in rows if "ops." in row.implementation or "prepacked" in row.implementation]
+    assert bool(fused) == (told is None)
+    expected = [] if told is None else [f"nothing was fused: {told}"]
+    assert [str(one.message) for one in warned] == expected
+    assert all(one.filename == __file__ for one in warned)
+
+
+def test_accelerate_does_not_warn_where_attention_alone_is_fused():
+    model = hf.BertModel(twins.config(hidden_act="relu")).eval()
+    for part in model.modules():
+        if isinstance(part, nn.LayerNorm):
+            part.bias = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fastbert.accelerate(model)
+    assert all(part.unfused() for part in model.modules() if isinstance(part, layers.CONFIGURED))
+    model(**twins.batch())
+    twins.assert_packed(model)
+
+
 def test_public_names():
     assert sorted(fastbert.__all__) == fastbert.__all__
     for name in fastbert.__all__:

@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 import transformers
-from models import twins
+from models import reruns, twins
 from torch import nn
 from transformers import activations
 
@@ -15,57 +15,10 @@ import fastbert
 from fastbert.models import graphs
 
 
-class Rerun:
-    """What a graph does: the same computation on the same tensors, into the same memory."""
-
-    def __init__(self, model, inputs, calls):
-        self.model, self.inputs, self.calls = model, inputs, calls
-        self.outputs = model(**inputs)
-        self.replays = 0
-
-    def replay(self):
-        self.replays += 1
-        self.calls.append("replay")
-        for target, value in zip(self.outputs.to_tuple(), self.model(**self.inputs).to_tuple(), strict=True):
-            for one, other in zip(tensors(target), tensors(value), strict=True):
-                one.copy_(other)
-
-
-def tensors(value):
-    return value if isinstance(value, tuple) else (value,)
-
-
-class Event:
-    """The end of a replay, by what was done with it: the kinds of calls, in order."""
-
-    def __init__(self, calls):
-        self.calls = calls
-
-    def wait(self):
-        self.calls.append("wait")
-
-    def record(self):
-        self.calls.append("record")
-
-
 @pytest.fixture
 def on_cpu(monkeypatch):
-    """Graphs of the CPU; the list holds the bucket of every capture."""
-    captures = []
-
-    @torch.no_grad()
-    def capture(self, bucket, device):
-        captures.append(bucket)
-        calls = vars(self).setdefault("calls", [])
-        self._done = Event(calls)
-        inputs = {name: torch.zeros(bucket, dtype=torch.int64) for name in graphs._ARGUMENTS}
-        inputs["attention_mask"].fill_(1)
-        rerun = Rerun(self.model, inputs, calls)
-        return graphs._Captured(rerun, inputs, rerun.outputs)
-
-    monkeypatch.setattr(graphs.GraphedModel, "_capture", capture)
-    monkeypatch.setattr(graphs.GraphedModel, "_missing_device", lambda self, ids: None)
-    return captures
+    """The bucket of every capture."""
+    return reruns.install(monkeypatch)
 
 
 @pytest.fixture
@@ -333,7 +286,7 @@ def test_a_capture_is_warmed_up_beside_the_current_stream(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current", calls))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: block(stream.name))
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: calls.append("pool") or "pool")
-    monkeypatch.setattr(torch.cuda, "Event", lambda: Event(calls))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: reruns.Event(calls))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: "graph")
 
     def graph(graph, pool, stream, capture_error_mode):

@@ -131,27 +131,28 @@ def one_dimensional_weights(model):
     output.dense.bias = None
 
 
+LAYER = "encoder.layer.1"
 LINEARS = (
-    *("attention.self.query", "attention.self.key", "attention.self.value"),
-    *("attention.output.dense", "intermediate.dense", "output.dense"),
+    *(f"{LAYER}.attention.self.query", f"{LAYER}.attention.self.key", f"{LAYER}.attention.self.value"),
+    *(f"{LAYER}.attention.output.dense", f"{LAYER}.intermediate.dense", f"{LAYER}.output.dense"),
 )
-NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
+NORMS = (f"{LAYER}.attention.output.LayerNorm", f"{LAYER}.output.LayerNorm")
 
 
 def with_bias(path, size):
     def change(model):
-        model.encoder.layer[1].get_submodule(path).bias = nn.Parameter(torch.linspace(-1, 1, size) if size > 1 else
+        model.get_submodule(path).bias = nn.Parameter(torch.linspace(-1, 1, size) if size > 1 else
                                                                        torch.ones(1))  # fmt: skip
 
     change.__name__ = f"{path}_bias_of_{size}"
     return change
 
 
-def with_norm(path, change_norm):
+def with_part(path, change_part):
     def change(model):
-        change_norm(model.encoder.layer[1].get_submodule(path))
+        change_part(model.get_submodule(path))
 
-    change.__name__ = f"{path}_{change_norm.__name__}"
+    change.__name__ = f"{path}_{change_part.__name__}"
     return change
 
 
@@ -199,6 +200,10 @@ def stale_shape(norm):
     norm.normalized_shape = (64,)
 
 
+CHANGES_OF_NORM = (
+    *(longer, shorter, one_element, two_dimensions, double, strided, expanded, without_bias, without_weight),
+    stale_shape,
+)
 CHANGES = [
     other_heads, fewer_heads_first, pruned_heads, more_heads_than_hidden, stale_number_of_heads, another_scale,
     head_size_that_does_not_divide, values_of_other_width, keys_of_other_width, key_of_other_width,
@@ -206,22 +211,67 @@ CHANGES = [
     strided_intermediate, sliced_intermediate_alone, narrow_input, fewer_outputs,
     one_dimensional_weight, one_dimensional_weights,
     *(with_bias(path, size) for path in LINEARS for size in (1, 32, 1000)),
+    *(with_part(path, change) for path in NORMS for change in CHANGES_OF_NORM),
+]  # fmt: skip
+
+
+HEAD = "cls.predictions.transform"
+
+
+def in_every_second_row(dense):
+    dense.weight.data = torch.stack([dense.weight.data] * 2, 1).flatten(0, 1)[::2]
+    dense.bias.data = dense.bias.data.repeat_interleave(2)[::2]
+
+
+def transposed(dense):
+    dense.weight.data = dense.weight.data.t()
+
+
+def one_bias(dense):
+    dense.bias.data = dense.bias.data[:1].expand(96)
+
+
+def fewer_rows(dense):
+    dense.weight = nn.Parameter(dense.weight[:64])
+    dense.bias = nn.Parameter(dense.bias[:64])
+
+
+def fewer_columns(dense):
+    dense.weight = nn.Parameter(dense.weight[:, :64].contiguous())
+
+
+def one_dimension(dense):
+    dense.weight = nn.Parameter(torch.ones(96))
+
+
+def head_of_another_width(model):
+    head = model.cls.predictions
+    head.transform.dense, head.transform.LayerNorm, head.decoder = linear(64, 96), nn.LayerNorm(64), linear(101, 64)
+
+
+# Of a ``BertForMaskedLM``.
+CHANGES_OUTSIDE_THE_LAYERS = [
+    head_of_another_width,
+    *(with_bias(f"{HEAD}.dense", size) for size in (1, 32, 1000)),
     *(
-        with_norm(path, change)
-        for path in NORMS
+        with_part(f"{HEAD}.dense", change)
         for change in (
-            longer, shorter, one_element, two_dimensions, double, strided, expanded, without_bias, without_weight,
-            stale_shape,
+            in_every_second_row, transposed, one_bias, fewer_rows, fewer_columns, one_dimension, double, without_bias,
         )
+    ),
+    *(
+        with_part(path, change)
+        for path in ("bert.embeddings.LayerNorm", f"{HEAD}.LayerNorm")
+        for change in CHANGES_OF_NORM
     ),
 ]  # fmt: skip
 
 
 def outcome(model, inputs):
-    """The states, or the error."""
+    """The states or the logits, or the error."""
     try:
         with torch.no_grad():
-            return model(**inputs).last_hidden_state
+            return model(**inputs)[0]
     except (RuntimeError, ValueError, TypeError) as error:
         return error
 
@@ -234,10 +284,7 @@ def assert_same(found, expected, where, tolerance):
     torch.testing.assert_close(found[where], expected[where], atol=tolerance, rtol=0)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
-def test_inference_cases_52_53_54(change, warm, dtype):
-    reference, fast = twins.twins(**SIZES)
+def check_inference(reference, fast, change, warm, dtype):
     inputs = twins.batch(kind="right")
     for model in (reference, fast):
         model.to(dtype)
@@ -253,17 +300,15 @@ def test_inference_cases_52_53_54(change, warm, dtype):
     assert_same(found, expected, twins.valid(inputs), 1e-5 if dtype == torch.float32 else 6 * 2**-8 * largest)
 
 
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-@pytest.mark.parametrize("kind", ["right", "left"])
-def test_gradients_cases_52_53_54(change, kind):
+def check_gradients(reference, fast, change, kind):
     found = []
-    for model in twins.twins(**SIZES):
+    for model in (reference, fast):
         model.train()
         torch.manual_seed(2)
         change(model)
         inputs = twins.batch(kind=kind)
         try:
-            states = model(**inputs).last_hidden_state[twins.valid(inputs)]
+            states = model(**inputs)[0][twins.valid(inputs)]
             states.square().sum().backward()
             found.append({path: p.grad for path, p in model.named_parameters() if p.grad is not None})
         except (RuntimeError, ValueError, TypeError) as error:
@@ -277,19 +322,64 @@ def test_gradients_cases_52_53_54(change, kind):
             torch.testing.assert_close(actual[path], gradient, atol=2e-6 * largest, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["strided", "int64", "offset"])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+def test_inference_cases_52_53_54(change, warm, dtype):
+    check_inference(*twins.twins(**SIZES), change, warm, dtype)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("kind", ["right", "left"])
+def test_gradients_cases_52_53_54(change, kind):
+    check_gradients(*twins.twins(**SIZES), change, kind)
+
+
+@pytest.mark.parametrize("change", CHANGES_OUTSIDE_THE_LAYERS, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
+def test_inference_outside_the_layers_cases_53_54(change, warm, dtype):
+    check_inference(*twins.twins("BertForMaskedLM", **SIZES | {"num_hidden_layers": 1}), change, warm, dtype)
+
+
+@pytest.mark.parametrize("change", CHANGES_OUTSIDE_THE_LAYERS, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("kind", ["right", "left"])
+def test_gradients_outside_the_layers_cases_53_54(change, kind):
+    check_gradients(*twins.twins("BertForMaskedLM", **SIZES | {"num_hidden_layers": 1}), change, kind)
+
+
+LAYOUTS = {
+    "strided": torch.tensor([0, 7, 10, 7, 40, 7], dtype=torch.int32)[::2],
+    "int64": torch.tensor([0, 10, 40]),
+    "offset": torch.tensor([3, 0, 10, 40], dtype=torch.int32)[1:],
+}
+PLAIN = torch.tensor([0, 10, 40], dtype=torch.int32)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_offsets_of_sequences_in_any_layout_case_55(kind, dtype):
     fast = twins.twins(**SIZES)[1].to(dtype)
     row = twins.batch(1, 40, "none")["input_ids"]
-    offsets = torch.tensor([0, 10, 40], dtype=torch.int32)
-    given = {
-        "strided": torch.tensor([0, 7, 10, 7, 40, 7], dtype=torch.int32)[::2],
-        "int64": offsets.long(),
-        "offset": torch.tensor([3, 0, 10, 40], dtype=torch.int32)[1:],
-    }[kind]
     with torch.no_grad():
-        expected, found = (fast(row, cu_seq_lens_q=one, max_length_q=30).last_hidden_state for one in (offsets, given))
+        expected, found = (
+            fast(row, cu_seq_lens_q=one, max_length_q=30).last_hidden_state for one in (PLAIN, LAYOUTS[kind])
+        )
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_training_with_offsets_in_any_layout_case_55(kind, p, dtype):
+    changes = {"hidden_dropout_prob": p, "attention_probs_dropout_prob": p}
+    fast = twins.twins(**SIZES, **changes)[1].to(dtype).train()
+    row = twins.batch(1, 40, "none")["input_ids"]
+    results = []
+    for offsets in (PLAIN, LAYOUTS[kind]):
+        torch.manual_seed(3)
+        fast.zero_grad()
+        states = fast(row, cu_seq_lens_q=offsets, max_length_q=30).last_hidden_state
+        states.square().sum().backward()
+        results.append([states, *(p.grad for p in fast.parameters() if p.grad is not None)])
+    twins.assert_packed(fast)
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize(

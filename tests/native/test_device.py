@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from native import compilers
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = Path(__file__).parent / "device"
@@ -24,11 +25,11 @@ OPTIONS = (
 )
 
 
-def build(folder: Path, csrc: Path = ROOT / "csrc") -> Path:
+def build(folder: Path, everything: bool, csrc: Path = ROOT / "csrc") -> Path:
     """The kernels and their caller as a library."""
     compiler = shutil.which("g++")
     if compiler is None:
-        pytest.skip("there is no g++, whose sanitizers watch the kernels")
+        compilers.missing("there is no g++, whose sanitizers watch the kernels", everything)
     sources = [csrc / name / "device.cu" for name in SOURCES] + [DEVICE / "kernels.cpp"]
     objects = [folder / f"{number}.o" for number in range(len(sources))]
     command = [compiler, *OPTIONS, f"-I{DEVICE}", f"-I{csrc}", "-x", "c++", "-c"]
@@ -65,8 +66,16 @@ def run(library: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("device"))
+def library(request, tmp_path_factory):
+    return build(tmp_path_factory.mktemp("device"), request.config.getoption("--everything"))
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_without_gcc(everything, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(tuple(compilers.OUTCOMES.values()), match=r"there is no g\+\+, whose sanitizers") as ended:
+        build(tmp_path, everything)
+    assert ended.type is compilers.OUTCOMES[everything]
 
 
 @pytest.mark.slow
@@ -113,6 +122,6 @@ def test_faults_are_found(fault, tmp_path, request):
     text = (csrc / file).read_text("utf-8")
     assert text.count(old) == 1
     (csrc / file).write_text(text.replace(old, new), encoding="utf-8")
-    result = run(build(tmp_path, csrc), "-k", cases)
+    result = run(build(tmp_path, True, csrc), "-k", cases)
     assert result.returncode != 0
     assert report in result.stdout, result.stdout[-3000:]

@@ -16,6 +16,7 @@ import cmake
 import ninja
 import pybind11
 import pytest
+from native import compilers
 
 ROOT = Path(__file__).resolve().parents[2]
 ADDRESS, THREAD = "address,undefined", "thread"
@@ -41,31 +42,45 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def build(folder: Path, sanitizers: str, everything: bool) -> Path:
+    """``host_kernels`` with these sanitizers."""
+    program = Path(cmake.CMAKE_BIN_DIR) / "cmake"
+    defines = {
+        "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
+        "FASTBERT_CUDA": "OFF",
+        "FASTBERT_SANITIZE": sanitizers,
+        "Python_EXECUTABLE": sys.executable,
+        "SKBUILD_PROJECT_NAME": "fastbert",
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    options = [f"-D{name}={value}" for name, value in defines.items()]
+    configured = run(program, "-S", ROOT, "-B", folder, "-G", "Ninja", *options)
+    if "takes GCC and its OpenMP" in configured.stdout:
+        compilers.missing(f"the sanitizers' tests take GCC and its OpenMP: {configured.stdout}", everything)
+    assert configured.returncode == 0, configured.stdout
+    result = run(program, "--build", folder, "--target", "host_kernels")
+    assert result.returncode == 0, result.stdout
+    assert "warning" not in result.stdout
+    return folder / "host_kernels"
+
+
 @pytest.fixture(scope="session")
 def programs(request, tmp_path_factory):
     """``host_kernels`` by the sanitizers that it is built with: those of addresses, or all in ``make sanitize``."""
-    built = {}
-    for sanitizers in (ADDRESS, THREAD) if request.config.getoption("--everything") else (ADDRESS,):
-        folder = tmp_path_factory.mktemp(sanitizers.split(",")[0])
-        program = Path(cmake.CMAKE_BIN_DIR) / "cmake"
-        defines = {
-            "CMAKE_MAKE_PROGRAM": Path(ninja.BIN_DIR) / "ninja",
-            "FASTBERT_CUDA": "OFF",
-            "FASTBERT_SANITIZE": sanitizers,
-            "Python_EXECUTABLE": sys.executable,
-            "SKBUILD_PROJECT_NAME": "fastbert",
-            "pybind11_DIR": pybind11.get_cmake_dir(),
-        }
-        options = [f"-D{name}={value}" for name, value in defines.items()]
-        configured = run(program, "-S", ROOT, "-B", folder, "-G", "Ninja", *options)
-        if "takes GCC and its OpenMP" in configured.stdout:
-            pytest.skip(f"the sanitizers' tests take GCC and its OpenMP: {configured.stdout}")
-        assert configured.returncode == 0, configured.stdout
-        result = run(program, "--build", folder, "--target", "host_kernels")
-        assert result.returncode == 0, result.stdout
-        assert "warning" not in result.stdout
-        built[sanitizers] = folder / "host_kernels"
-    return built
+    everything = request.config.getoption("--everything")
+    return {
+        sanitizers: build(tmp_path_factory.mktemp(sanitizers.split(",")[0]), sanitizers, everything)
+        for sanitizers in ((ADDRESS, THREAD) if everything else (ADDRESS,))
+    }
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_without_gcc(everything, tmp_path, monkeypatch):
+    told = "CMake Error: FASTBERT_SANITIZE is 'thread', which takes GCC and its OpenMP"
+    monkeypatch.setattr(sys.modules[__name__], "run", lambda *command: subprocess.CompletedProcess(command, 1, told))
+    with pytest.raises(tuple(compilers.OUTCOMES.values()), match=told) as ended:
+        build(tmp_path, THREAD, everything)
+    assert ended.type is compilers.OUTCOMES[everything]
 
 
 def program_for(programs: dict[str, Path], sanitizers: str) -> Path:

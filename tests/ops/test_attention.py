@@ -107,6 +107,28 @@ def test_at_most_one_token_case_11_12_and_20(lengths, spare, p):
         assert (gradient[tokens:] == 0).all()
 
 
+def strided(offsets):
+    """The same in every second place; what is between them is no offset."""
+    return torch.stack([offsets, torch.full_like(offsets, 7)], 1).flatten()[::2]
+
+
+@pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("lengths", [(3, 0, 17, 1, 19), (140, 3)], ids=str)
+def test_strided_offsets_case_55(lengths, p, dtype):
+    """Those of every second place, where a program has a whole sequence and where it has a part of one."""
+    problem = attention(lengths, heads=2, dtype=dtype, p=p)
+    qkv, offsets = problem.tensors["qkv"].requires_grad_(), problems.cumulative(lengths)
+    assert not strided(offsets).is_contiguous()
+    for impl in problem.implementations():
+        results = []
+        for given in (offsets, strided(offsets)):
+            seed = problems.seed_of(p, problems.SEED)
+            output = ops.attention(qkv, given, max(lengths), dropout_p=p, seed=seed, impl=impl)
+            results.append((output, *torch.autograd.grad(output, qkv, problem.dy)))
+        assert all(torch.equal(x, y) for x, y in zip(*results, strict=True)), impl
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_rows_of_no_sequence_case_12(p):
     """They hold NaN, as does their incoming gradient: zeros come out, and nobody else sees it."""
@@ -245,8 +267,9 @@ def test_dropout_is_refused_by_name():
 
 
 def kernel_of_others(q, k, v, cu_seqlens, other_cu_seqlens, max_seqlen, other_max_seqlen, scale):
-    """What the two flash attentions compute, with NaN in rows of no sequence."""
+    """What the two flash attentions compute, with NaN in rows of no sequence. They refuse offsets with strides."""
     assert cu_seqlens is other_cu_seqlens
+    assert cu_seqlens.is_contiguous()
     assert max_seqlen == other_max_seqlen
     out, lse = reference.forward(torch.stack([q, k, v], 1), cu_seqlens, max_seqlen, scale, 0.0, None)
     out[cu_seqlens[-1] :], lse[:, cu_seqlens[-1] :] = torch.nan, torch.nan
@@ -256,6 +279,7 @@ def kernel_of_others(q, k, v, cu_seqlens, other_cu_seqlens, max_seqlen, other_ma
 def gradient_of_others(dout, q, k, v, out, lse, cu_seqlens, other_cu_seqlens, max_seqlen, other_max_seqlen, scale):
     """Their dqkv, with NaN in rows of no sequence."""
     assert cu_seqlens is other_cu_seqlens
+    assert cu_seqlens.is_contiguous()
     assert max_seqlen == other_max_seqlen
     qkv = torch.stack([q, k, v], 1)
     gradient = reference.backward(dout, qkv, out, lse, cu_seqlens, max_seqlen, scale, 0.0, None)
@@ -311,7 +335,7 @@ def test_flash_attention_of_others(name, monkeypatch):
     problem = attention(lengths=(3, 0, 6), spare_rows=2)
     qkv, dout = problem.tensors["qkv"], problem.dy.clone()
     dout[9:] = 0.0
-    arguments = (problems.cumulative([3, 0, 6]), 6, 0.3, 0.0, None)
+    arguments = (strided(problems.cumulative([3, 0, 6])), 6, 0.3, 0.0, None)
     out, lse = module.forward(qkv, *arguments)
     expected_out, expected_lse = reference.forward(qkv, *arguments)
     assert torch.equal(out, expected_out)

@@ -117,7 +117,7 @@ def attention(
 
     Args:
         qkv: ``[T, 3, A, D]``, queries, keys and values of A heads of size D, any floating dtype and strides.
-        cu_seqlens: int32 ``[B + 1]``, ascending from 0 to at most T.
+        cu_seqlens: int32 ``[B + 1]``, ascending from 0 to at most T, any stride.
         max_seqlen: at least the length of the longest sequence; tokens of a longer one are an error that only a CPU
             can see.
         scale: of the scores; None: ``1 / sqrt(D)``.

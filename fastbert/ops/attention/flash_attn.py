@@ -16,6 +16,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(O ``[T, A, D]``, lse ``[A, T]``)."""
     q, k, v = qkv.unbind(1)
+    cu_seqlens = cu_seqlens.contiguous()
     out, lse, *_ = flash_attn_interface._flash_attn_varlen_forward(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p=0.0, softmax_scale=scale, causal=False
     )
@@ -35,6 +36,7 @@ def backward(
     seed: Tensor | None,
 ) -> Tensor:
     """dqkv ``[T, 3, A, D]``."""
+    cu_seqlens = cu_seqlens.contiguous()
     dqkv = torch.zeros_like(qkv, memory_format=torch.contiguous_format)
     flash_attn_interface._flash_attn_varlen_backward(
         dout.contiguous(), *qkv.unbind(1), out, lse, *dqkv.unbind(1), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen,

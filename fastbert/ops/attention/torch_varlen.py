@@ -23,6 +23,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(O ``[T, A, D]``, lse ``[A, T]``)."""
     q, k, v = qkv.unbind(1)
+    cu_seqlens = cu_seqlens.contiguous()
     out, lse, *_ = _aten._flash_attention_forward(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, False, False, scale=scale
     )
@@ -43,6 +44,7 @@ def backward(
 ) -> Tensor:
     """dqkv ``[T, 3, A, D]``."""
     q, k, v = qkv.unbind(1)
+    cu_seqlens = cu_seqlens.contiguous()
     no_dropout = torch.zeros(2, dtype=torch.uint64, device=qkv.device)  # the state of a generator that isn't used
     gradients = _aten._flash_attention_backward(
         dout.contiguous(), q, k, v, out, lse, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, 0.0, False,

@@ -105,13 +105,16 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def one_thread():
+def _one_thread():
     """Tiny models spend their time waking threads; where threads matter, a test sets their number itself."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+one_thread = pytest.fixture(_one_thread, name="one_thread")
+one_thread_in_module = pytest.fixture(_one_thread, name="one_thread_in_module", scope="module")
 
 
 @pytest.fixture

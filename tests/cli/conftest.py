@@ -4,6 +4,11 @@ import pytest
 from cli import tiny
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread_in_module(one_thread_in_module):
+    pass
+
+
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread):
     """And a command's --threads is undone."""

@@ -89,9 +89,12 @@ def few_everywhere(weight):
 ROWS_AND_COLUMNS = [first_row, last_row, some_row, first_column, last_column, some_column]
 
 
-@pytest.mark.parametrize("edit", ROWS_AND_COLUMNS, ids=lambda edit: edit.__name__)
+@pytest.mark.parametrize(
+    ("edit", "runs"),
+    [*((edit, 0) for edit in ROWS_AND_COLUMNS), (some_row, 5), (some_column, 5)],
+    ids=lambda value: getattr(value, "__name__", value),
+)
 @pytest.mark.parametrize("part", LINEARS)
-@pytest.mark.parametrize("runs", [0, 5])
 def test_a_row_or_column_is_seen_at_once_case_56(edit, part, runs, model):
     for _ in range(runs):
         states(model)

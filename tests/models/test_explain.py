@@ -8,8 +8,8 @@ from torch import nn
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert.backends import host_linear
-from fastbert.models import layers
+from fastbert.backends import host_linear, onednn, select
+from fastbert.models import layers, whole_layer
 
 # Who multiplies by prepacked weights in float32.
 PREPACKED = ("onednn" if host_linear.missing(torch.float32) else "extension") + " prepacked"
@@ -84,8 +84,8 @@ def test_explain_tells_of_this_device_alone():
 def test_explain_tells_of_one_call_alone():
     sizes = {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 160}
     fast = twins.twins(**sizes)[1]
-    if fast.encoder.layer[0].divided(torch.zeros(1, 96)):
-        pytest.skip("this processor has no kernels for a layer in one call")
+    if reason := host_linear.missing(torch.float32):
+        pytest.skip(reason)
     rows = [row for row in fastbert.explain(fast) if ".encoder." in row.path]
     assert [(row.path, row.part, row.implementation) for row in rows] == [
         (f"model.encoder.layer.{index}", "its parts", "one call") for index in range(2)
@@ -160,3 +160,75 @@ def test_explain_models_that_are_not_fused():
     with fastbert.patched():
         (row,) = fastbert.explain(stock)
     assert row.implementation == "Hugging Face"
+
+
+class Watched:
+    """An implementation of an op; ``ran`` gets its name when it computes."""
+
+    def __init__(self, module, name, ran):
+        self.module, self.name, self.ran = module, name, ran
+
+    def __getattr__(self, attribute):
+        if attribute in ("forward", "output"):
+            self.ran.add(self.name)
+        return getattr(self.module, attribute)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """What has computed, by the names that ``explain`` gives it."""
+    names = set()
+    load = select.Table.load
+    monkeypatch.setattr(
+        select.Table, "load", lambda self, name: Watched(load(self, name), f"ops.{self.op}: {name}", names)
+    )
+    called = [(whole_layer, "forward", "one call")]
+    for kernels, name in ((host_linear, "extension prepacked"), (onednn, "onednn prepacked")):
+        called += [(kernels, product, name) for product in ("linear", "linear_gelu", "linear_add")]
+
+    def watched(function, name):
+        return lambda *args, **kwargs: (names.add(name), function(*args, **kwargs))[1]
+
+    for module, function, name in called:
+        monkeypatch.setattr(module, function, watched(getattr(module, function), name))
+    return names
+
+
+def trained(model):
+    return model.train()
+
+
+def in_float16(model):
+    return model.half()
+
+
+def irregular(model):
+    attention = model.encoder.layer[0].attention
+    attention.self.key = nn.Sequential(attention.self.key)
+    attention.output.dense.weight.data = attention.output.dense.weight.data.t().contiguous().t()
+    return model
+
+
+def eager(model):
+    model.config._attn_implementation = "eager"
+    return model
+
+
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 160}])
+@pytest.mark.parametrize("change", [None, trained, in_float16, irregular, eager])
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_what_is_told_is_what_runs(sizes, change, activation, ran):
+    fast = twins.twins(**sizes, hidden_act=activation, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)[1]
+    fast = change(fast) if change else fast
+    told = {row.implementation.removeprefix("dense, then ") for row in fastbert.explain(fast)}
+    with torch.set_grad_enabled(fast.training):
+        fast(**twins.batch())
+    parts = ("embedding_layer_norm", "attention", "linear_gelu", "bias_dropout_residual_layer_norm")
+    kinds = (*(f"ops.{part}:" for part in parts), "one call", "onednn prepacked", "extension prepacked")
+    told, found = ({name for name in names if name.startswith(kinds)} for names in (told, ran))
+    assert found == told
+    assert bool(told) == (change is not eager)
+    # Of an irregular model the second layer is.
+    regular = bool(sizes) and activation == "gelu" and change in (None, irregular)
+    in_one_call = regular and host_linear.missing(torch.float32) is None
+    assert ("one call" in found) == in_one_call

@@ -25,8 +25,6 @@ from fastbert.training.masking import Masking
 from fastbert.training.pretraining import Examples
 from fastbert.training.run import Settings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 HEADS = {Objective.mlm_nsp: "BertForPreTraining", Objective.mlm: "BertForMaskedLM"}
 
 

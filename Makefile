@@ -34,8 +34,8 @@ PYTEST := MAKEFLAGS= OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(BIN)/python -m 
 TYPES := $(BIN)/mypy
 LOCK := requirements/lock.txt
 TRITON := requirements/triton.txt
-# Modules are compiled as they are first imported, since most never are; and kept, or each process would compile its own
-# for eight seconds where this variable is set.
+# Modules are compiled as they are first imported: most never are. They are kept, also where the environment says
+# otherwise, or every process would compile its own, for seven seconds.
 export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint $(LOCK) --build-constraint $(LOCK)
 SOURCES := pyproject.toml CMakeLists.txt $(LOCK) $(TRITON) $(shell find csrc -type f)

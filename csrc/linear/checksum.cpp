@@ -46,7 +46,8 @@ uint64_t checksum(const Rows& matrix, int64_t row) {
                            : checksum_of_halves(elements_of<Half>(matrix) + row * halves, halves);
 }
 
-// How many turns it takes to read a matrix, a turn being every so many rows: the ones that are alike are neighbours.
+// How many turns read a matrix. A turn takes rows that lie this far apart, since alike ones are neighbours: a pruned
+// head's are all zero.
 int64_t turns_of(const Rows& matrix) {
   const int64_t rows_of_turn = (matrix.rows + kTurns - 1) / kTurns;
   return (matrix.rows + rows_of_turn - 1) / rows_of_turn;

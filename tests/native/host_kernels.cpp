@@ -16,7 +16,6 @@
 #include <cstring>
 #include <functional>
 #include <map>
-#include <numeric>
 #include <random>
 #include <string>
 #include <thread>

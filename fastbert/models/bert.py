@@ -92,7 +92,8 @@ class BertModel(_FromSafetensors, hf.BertModel):
             **kwargs: those of Hugging Face; and ``cu_seq_lens_q`` (int32 ``[N + 1]``) and ``max_length_q`` with a batch
                 of one row that holds N sequences one after the other, which then attend within themselves and count
                 their positions from zero. ``read_positions`` (bool ``[B, S]``, or "all") marks positions whose state
-                the caller will use even where they are padding.
+                the caller will use even where they are padding. ``packed_tokens``: compute so many tokens without a
+                look at the mask, which may hold fewer but not more; as ``cuda_graphs`` does.
 
         Returns:
             ``BaseModelOutputWithPoolingAndCrossAttentions``, or a tuple with ``return_dict=False``.
@@ -100,7 +101,7 @@ class BertModel(_FromSafetensors, hf.BertModel):
         Raises:
             TypeError, ValueError, IndexError: inputs that can't be served; see ``inputs.check``.
         """
-        read = kwargs.pop("read_positions", None)
+        read, tokens = kwargs.pop("read_positions", None), kwargs.pop("packed_tokens", None)
         sequences = {name: kwargs.pop(name) for name in _SEQUENCE_ARGUMENTS if kwargs.get(name) is not None}
         if args:
             # Those after the five above.
@@ -118,7 +119,7 @@ class BertModel(_FromSafetensors, hf.BertModel):
         packed, reason = None, self._padded_reason(attention_mask, kwargs)
         if reason is None:
             assert embedded is not None
-            packed, reason = self._pack(embedded, attention_mask, read, sequences)
+            packed, reason = self._pack(embedded, attention_mask, read, sequences, tokens)
         if not torch.compiler.is_compiling():
             self.route = reason or PACKED
         if packed is not None:
@@ -206,7 +207,12 @@ class BertModel(_FromSafetensors, hf.BertModel):
         )
 
     def _pack(
-        self, embedded: Tensor, mask: Tensor | None, read: Tensor | str | None, sequences: dict[str, Any]
+        self,
+        embedded: Tensor,
+        mask: Tensor | None,
+        read: Tensor | str | None,
+        sequences: dict[str, Any],
+        tokens: int | None = None,
     ) -> tuple[packing.Packing | None, str | None]:
         """The packing of a batch, or the reason why it stays padded."""
         batch, seqlen = embedded.shape[:2]
@@ -219,13 +225,14 @@ class BertModel(_FromSafetensors, hf.BertModel):
             return packing.from_sequences(sequences["cu_seq_lens_q"], sequences.get("max_length_q"), seqlen), None
         if mask is None:
             return packing.full(batch, seqlen, embedded.device), None
-        mask = mask.to(device=embedded.device, dtype=torch.bool)
-        if torch.compiler.is_compiling() or (mask.is_cuda and torch.cuda.is_current_stream_capturing()):
+        mask = mask.to(embedded.device)
+        capturing = mask.is_cuda and torch.cuda.is_current_stream_capturing()
+        if tokens is not None or torch.compiler.is_compiling() or capturing:
             if read is not None:
                 return None, "a traced head uses the states of padded positions, as its labels may be there"
-            return packing.from_mask_static(mask), None
+            return packing.from_mask_static(mask, tokens), None
         if isinstance(read, str):
-            read = torch.ones_like(mask)
+            read = torch.ones_like(mask, dtype=torch.bool)
         elif read is not None:
             read = read.reshape(mask.shape).to(mask.device)
         packed = packing.from_mask(mask, read, read_first=self.pooler is not None)

@@ -1,12 +1,15 @@
-"""CUDA graphs: inference replayed without the host's launches, one graph for each bucket of batch and length.
+"""CUDA graphs: inference replayed without the host's launches, one graph for each bucket of batch, length and tokens.
 
 At small batches a forward is bound by the host, which launches some eight kernels a layer. A captured graph is one
-launch. It computes one shape only, so a batch is padded to the nearest bucket; attention still skips the padding.
+launch. It computes one shape only, so a batch is padded to the nearest bucket of batch size and length, and its valid
+tokens to the nearest share of the bucket's positions; attention skips all padding.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import threading
 from collections.abc import Sequence
 from operator import attrgetter
@@ -20,6 +23,11 @@ from fastbert.models.snapshot import Snapshot
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+# A bucket's positions, in quarters: a graph of one of them computes at most a third more than the tokens that it has
+# room for, from a quarter on.
+TOKEN_SHARES = (0.25, 0.375, 0.5, 0.75, 1.0)
+# To count a batch's tokens waits for the device, which takes longer than what it saves of fewer positions.
+_LEAST_COUNTED = 2048
 
 _WARM_UP = 3
 _ARGUMENTS = ("input_ids", "attention_mask", "token_type_ids")
@@ -32,11 +40,15 @@ _FACTS = (Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("dtype"))
 # Outputs of two dimensions whose second is the position; of any other it is a class or a feature.
 _BY_POSITION = ("start_logits", "end_logits")
 
-Bucket = tuple[int, int]
+# Batch size, length and tokens.
+Bucket = tuple[int, int, int]
 
 
 def cuda_graphs(
-    model: nn.Module, batch_sizes: Sequence[int] = BATCH_SIZES, lengths: Sequence[int] = LENGTHS
+    model: nn.Module,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    lengths: Sequence[int] = LENGTHS,
+    token_shares: Sequence[float] = TOKEN_SHARES,
 ) -> GraphedModel:
     """Make ``model`` replay CUDA graphs in inference.
 
@@ -44,6 +56,9 @@ def cuda_graphs(
         model: a fastbert model or one that ``accelerate`` has converted, on a GPU and in ``eval`` mode.
         batch_sizes, lengths: the buckets; a batch takes the smallest that holds it. Lengths over the model's
             ``max_position_embeddings`` are left out.
+        token_shares: the shares of a bucket's positions that its graphs compute, each above 0 and at most 1; a batch
+            takes the smallest that its valid tokens fit in, and all positions if they fit in none. Buckets of fewer
+            than 2048 positions, where to count the tokens takes longer than to compute them, have all positions only.
 
     Returns:
         A module that is called as ``model`` is, with the same outputs. A graph is captured at the first batch of its
@@ -51,9 +66,9 @@ def cuda_graphs(
 
     Raises:
         TypeError: ``model`` isn't one of fastbert's.
-        ValueError: there is no bucket, or one isn't positive.
+        ValueError: there is no bucket, or one isn't positive; a share isn't above 0 and at most 1.
     """
-    return GraphedModel(model, batch_sizes, lengths)
+    return GraphedModel(model, batch_sizes, lengths, token_shares)
 
 
 @dataclasses.dataclass
@@ -75,12 +90,15 @@ class GraphedModel(nn.Module):
 
     Attributes:
         model: the model.
-        route: how the last call went: "graph BATCHxLENGTH", or why it was run without.
+        route: how the last call went: "graph BATCHxLENGTH", with ", N tokens" where these are fewer than the bucket's
+            positions; or why it was run without.
     """
 
     route: str | None = None
 
-    def __init__(self, model: Any, batch_sizes: Sequence[int], lengths: Sequence[int]) -> None:
+    def __init__(
+        self, model: Any, batch_sizes: Sequence[int], lengths: Sequence[int], token_shares: Sequence[float]
+    ) -> None:
         super().__init__()
         if type(model) not in bert.MODELS.values():
             raise TypeError(
@@ -90,7 +108,10 @@ class GraphedModel(nn.Module):
         for name, sizes in (("batch_sizes", batch_sizes), ("lengths", lengths)):
             if not sizes or min(sizes) < 1:
                 raise ValueError(f"{name} is {tuple(sizes)}; it must be one positive number or more")
+        if not all(0.0 < share <= 1.0 for share in token_shares):
+            raise ValueError(f"token_shares is {tuple(token_shares)}; each must be above 0 and at most 1")
         self.model = model
+        self._shares = tuple(sorted(token_shares))
         self._batch_sizes = tuple(sorted(batch_sizes))
         self._lengths = tuple(sorted(n for n in lengths if n <= model.config.max_position_embeddings))
         self._captured: dict[Bucket, _Captured] = {}
@@ -108,11 +129,16 @@ class GraphedModel(nn.Module):
         given, reason = self._given(args, kwargs)
         if reason is None:
             batch, length = given["input_ids"].shape
-            bucket = (_smallest(self._batch_sizes, batch), _smallest(self._lengths, length))
+            sizes = (_smallest(self._batch_sizes, batch), _smallest(self._lengths, length))
+            reason = self._outside(sizes, batch, length)
+        if reason is None:
             with self._lock, torch.cuda.device_of(given["input_ids"]):
-                reason = self._outside(bucket, batch, length) or self._replayable(bucket, given)
+                bucket = (*sizes, self._tokens(*sizes, given))
+                reason = self._replayable(bucket, given)
                 if reason is None:
                     self.route = f"graph {bucket[0]}x{bucket[1]}"
+                    if bucket[2] < bucket[0] * bucket[1]:
+                        self.route += f", {bucket[2]} tokens"
                     return self._replay(self._captured[bucket], given)
         self.route = reason
         return self.model(*args, **kwargs)
@@ -146,6 +172,16 @@ class GraphedModel(nn.Module):
         if torch.cuda.is_current_stream_capturing():
             return "a graph is being captured around it"
         return None
+
+    def _tokens(self, batch: int, length: int, given: dict[str, Tensor]) -> int:
+        """How many tokens the graph for a batch computes; waits for the device where they have to be counted."""
+        positions = batch * length
+        if positions < _LEAST_COUNTED or not self._shares or self._shares[0] == 1.0:
+            return positions
+        mask = given.get("attention_mask")
+        tokens = given["input_ids"].numel() if mask is None else int(torch.count_nonzero(mask))
+        found: int | None = _smallest([math.ceil(share * positions) for share in self._shares], tokens)
+        return positions if found is None else found
 
     def _outside(self, bucket: tuple[int | None, int | None], batch: int, length: int) -> str | None:
         if bucket[0] is None:
@@ -188,21 +224,23 @@ class GraphedModel(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _capture(self, bucket: Bucket, device: torch.device) -> _Captured:
-        inputs = {name: torch.zeros(bucket, dtype=torch.int64, device=device) for name in _ARGUMENTS}
-        # Something to attend to, so that what is warmed up is what will run.
-        inputs["attention_mask"].fill_(1)
+        batch, length, tokens = bucket
+        inputs = {name: torch.zeros(batch, length, dtype=torch.int64, device=device) for name in _ARGUMENTS}
+        # As many tokens, and as long a row, as the graph has room for, so that what is warmed up is what will run.
+        inputs["attention_mask"].view(-1)[:tokens] = 1
+        forward = functools.partial(self.model, **inputs, packed_tokens=tokens)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UP):
-                self.model(**inputs)
+                forward()
         torch.cuda.current_stream(device).wait_stream(stream)
         if self._pool is None:
             self._pool, self._done = torch.cuda.graph_pool_handle(), torch.cuda.Event()
         graph = torch.cuda.CUDAGraph()
         # Other threads, of a data loader for instance, may go on using the device meanwhile.
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            outputs = self.model(**inputs)
+            outputs = forward()
         return _Captured(graph, inputs, outputs)
 
     def _replay(self, captured: _Captured, given: dict[str, Tensor]) -> Any:

@@ -76,7 +76,7 @@ def attention(
     if attention_mask is None:
         packed = packing.full(batch, seqlen, query.device)
     else:
-        packed = packing.from_mask_static(attention_mask.to(torch.bool))
+        packed = packing.from_mask_static(attention_mask)
     tokens = packed.pack(qkv.reshape(batch, seqlen, -1)).view(-1, 3, heads, head_size)
     context = ops.attention(tokens, packed.cu_seqlens, packed.max_seqlen, scale=scaling, dropout_p=dropout)
     return packed.unpack(context.flatten(1)).view(batch, seqlen, heads, head_size), None

@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from fastbert.ops.unpad import unpad
 
 
 class Packing(NamedTuple):
@@ -75,36 +76,29 @@ def from_sequences(cu_seqlens: Tensor, max_seqlen: int | None, tokens: int) -> P
     return Packing(cu_seqlens.to(torch.int32).contiguous(), max_seqlen, None, None, (1, tokens))
 
 
-def from_mask_static(mask: Tensor) -> Packing:
-    """The packing of a bool mask ``[B, S]`` without a look at its values: T = B * S, valid tokens first."""
+def from_mask_static(mask: Tensor, tokens: int | None = None) -> Packing:
+    """The packing of a mask ``[B, S]`` without a look at its values: valid tokens first, then padding.
+
+    T is ``tokens``, which must be enough for the valid ones; by default B * S.
+    """
     batch, seqlen = mask.shape
-    indices = torch.argsort(mask.flatten().to(torch.int8), descending=True, stable=True)
-    cu_seqlens = F.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
-    return Packing(cu_seqlens, seqlen, indices, mask, (batch, seqlen))
+    cu_seqlens, indices, _ = unpad(mask)
+    longest = seqlen if tokens is None else min(seqlen, tokens)
+    return Packing(cu_seqlens, longest, indices[:tokens], mask.to(torch.bool), (batch, seqlen))
 
 
 def from_mask(mask: Tensor, read: Tensor | None, read_first: bool = False) -> Packing | None:
-    """The packing of a bool mask ``[B, S]``: T valid tokens. Waits for the device once.
+    """The packing of a mask ``[B, S]``: T valid tokens. Waits for the device once.
 
     ``read`` (bool ``[B, S]``) marks positions whose hidden state the caller will use, and ``read_first`` says that it
     will use the first of each sequence. If one of them is padding in a sequence that isn't all padding, there is no
     packing that keeps it, and None is returned.
     """
     batch, seqlen = mask.shape
-    lengths = mask.sum(1, dtype=torch.int32)
-    cu_seqlens = lengths.new_zeros(batch + 1)
-    torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
-    facts = [cu_seqlens[-1], lengths.max()]
-    # Of sequences that are all padding the lengths are zero, and nothing that is read of them counts.
-    if read_first:
-        facts.append((lengths * ~mask[:, 0]).max())
-    if read is not None:
-        facts.append((lengths * (read > mask).any(1)).max())
-    # Launched before the wait, so that the device has something to do meanwhile.
-    order = torch.argsort(mask.flatten().to(torch.int8), descending=True, stable=True)
-    tokens, longest, *reads_padding = torch.stack(facts).tolist()
+    cu_seqlens, indices, facts = unpad(mask, read, read_first)
+    tokens, longest, *reads_padding = facts.tolist()
     if any(reads_padding):
         return None
     if tokens == batch * seqlen:
         return Packing(cu_seqlens, seqlen, None, None, (batch, seqlen))
-    return Packing(cu_seqlens, longest, order[:tokens], None, (batch, seqlen))
+    return Packing(cu_seqlens, longest, indices[:tokens], None, (batch, seqlen))

@@ -10,9 +10,9 @@ from fastbert.models import graphs
 class Rerun:
     """What a graph does: the same computation on the same tensors, into the same memory."""
 
-    def __init__(self, model, inputs, calls):
-        self.model, self.inputs, self.calls = model, inputs, calls
-        self.outputs = model(**inputs)
+    def __init__(self, model, inputs, tokens, calls):
+        self.model, self.inputs, self.calls = model, {**inputs, "packed_tokens": tokens}, calls
+        self.outputs = model(**self.inputs)
         self.replays = 0
 
     def replay(self):
@@ -49,9 +49,10 @@ def install(monkeypatch):
         captures.append(bucket)
         calls = vars(self).setdefault("calls", [])
         self._done = Event(calls)
-        inputs = {name: torch.zeros(bucket, dtype=torch.int64) for name in graphs._ARGUMENTS}
-        inputs["attention_mask"].fill_(1)
-        rerun = Rerun(self.model, inputs, calls)
+        batch, length, tokens = bucket
+        inputs = {name: torch.zeros(batch, length, dtype=torch.int64) for name in graphs._ARGUMENTS}
+        inputs["attention_mask"].view(-1)[:tokens] = 1
+        rerun = Rerun(self.model, inputs, tokens, calls)
         return graphs._Captured(rerun, inputs, rerun.outputs)
 
     monkeypatch.setattr(graphs.GraphedModel, "_capture", capture)

@@ -50,7 +50,72 @@ def test_a_batch_takes_the_smallest_bucket_that_holds_it(graphed, on_cpu):
     with torch.no_grad():
         for batch_size, seqlen in ((1, 8), (1, 9), (2, 8), (4, 16), (5, 17), (1, 3)):
             graphed(**twins.batch(batch_size, seqlen))
-    assert on_cpu == [(1, 8), (1, 16), (4, 8), (4, 16), (8, 48)]
+    assert on_cpu == [(1, 8, 8), (1, 16, 16), (4, 8, 32), (4, 16, 64), (8, 48, 384)]
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The tokens of every batch are counted, however small it is."""
+    monkeypatch.setattr(graphs, "_LEAST_COUNTED", 0)
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize("name", ["BertModel", "BertForMaskedLM", "BertForTokenClassification", "BertForPreTraining"])
+@pytest.mark.parametrize("kind", ["right", "holes", "none"])
+def test_a_graph_computes_a_share_of_the_positions(on_cpu, name, kind):
+    graphed = fastbert.cuda_graphs(twins.twins(name)[1], batch_sizes=(8,), lengths=(48,))
+    tokens = []
+    for batch_size, seqlen in ((8, 48), (7, 40), (5, 37), (3, 40), (1, 6)):
+        inputs = twins.batch(batch_size, seqlen, kind)
+        with torch.no_grad():
+            actual = graphed(**inputs)
+        tokens.append(on_cpu[-1][2] if "tokens" not in graphed.route else int(graphed.route.split()[2]))
+        valid = int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else batch_size * seqlen
+        assert tokens[-1] == min(size for size in (96, 144, 192, 288, 384) if size >= valid)
+        wanted = expected(graphed, inputs)
+        for key in wanted:
+            torch.testing.assert_close(actual[key], wanted[key], atol=2e-5, rtol=1e-4)
+    assert len(set(tokens)) > 2
+
+
+@pytest.mark.usefixtures("counted")
+def test_what_a_share_computes_is_packed(on_cpu, monkeypatch):
+    """A graph of 96 tokens takes the encoder through 96 rows."""
+    rows = []
+    model = twins.twins()[1]
+    encode = type(model.encoder).forward
+    monkeypatch.setattr(
+        type(model.encoder), "forward", lambda self, x, *a, **k: rows.append(x.shape[0]) or encode(self, x, *a, **k)
+    )
+    graphed = fastbert.cuda_graphs(model, batch_sizes=(8,), lengths=(48,))
+    with torch.no_grad():
+        graphed(**twins.batch(3, 30, "right"))
+    assert graphed.route == "graph 8x48, 96 tokens"
+    assert rows == [96, 96]
+
+
+def test_small_buckets_are_not_counted(graphed, monkeypatch):
+    monkeypatch.setattr(torch, "count_nonzero", lambda mask: pytest.fail("a batch was counted"))
+    with torch.no_grad():
+        graphed(**twins.batch(3, 20, "right"))
+    assert graphed.route == "graph 4x48"
+
+
+@pytest.mark.usefixtures("counted")
+@pytest.mark.parametrize(("shares", "tokens"), [((), 384), ((1.0,), 384), ((0.5,), 192), ((0.9, 0.3), 116)])
+def test_shares_of_ones_own(on_cpu, shares, tokens):
+    graphed = fastbert.cuda_graphs(twins.twins()[1], batch_sizes=(8,), lengths=(48,), token_shares=shares)
+    with torch.no_grad():
+        graphed(**twins.batch(3, 30, "right"))
+        graphed(**twins.batch(8, 48, "none"))
+    assert on_cpu[0] == (8, 48, tokens)
+    assert on_cpu[-1] == (8, 48, 384)
+
+
+@pytest.mark.parametrize("shares", [(0.0,), (0.5, 1.5), (-1.0,), (float("nan"),)])
+def test_shares_that_are_none(shares):
+    with pytest.raises(ValueError, match=r"token_shares is .*; each must be above 0 and at most 1"):
+        fastbert.cuda_graphs(twins.twins()[1], token_shares=shares)
 
 
 def test_outputs_stay_as_they_are_at_the_next_call(graphed):
@@ -90,7 +155,7 @@ def test_weights_that_move_are_captured_again(graphed, on_cpu):
         graphed.model.to(torch.bfloat16)
         assert graphed(**twins.batch(4, 16)).last_hidden_state.dtype == torch.bfloat16
         graphed(**twins.batch(1, 8))
-    assert on_cpu == [(4, 16), (1, 8), (4, 16), (1, 8)]
+    assert on_cpu == [(4, 16, 64), (1, 8, 8), (4, 16, 64), (1, 8, 8)]
 
 
 def _replace_module(model):
@@ -196,7 +261,7 @@ def test_no_graph_is_replayed_after_a_change(graphed, on_cpu, change):
             torch.manual_seed(1)
             graphed(**one)
         # A forward that is asked for hidden states for the first time leaves hooks, another change.
-        assert on_cpu[2:4] == [(4, 16), (1, 8)]
+        assert on_cpu[2:4] == [(4, 16, 64), (1, 8, 8)]
         for one in (inputs, other):
             torch.manual_seed(1)
             actual = graphed(**one)
@@ -217,7 +282,7 @@ def test_an_unchanged_model_is_captured_once_a_bucket(graphed, on_cpu):
             graphed(**twins.batch(4, 16))
             graphed.model.load_state_dict(graphed.model.state_dict())
             graphed.model.eval().requires_grad_(False)
-    assert on_cpu == [(4, 16)]
+    assert on_cpu == [(4, 16, 64)]
 
 
 def test_a_model_that_does_not_show_its_changes_runs_without_graphs(graphed, on_cpu):
@@ -295,16 +360,16 @@ def test_a_capture_is_warmed_up_beside_the_current_stream(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph", graph)
     graphed = fastbert.cuda_graphs(model)
-    captured = graphed._capture((2, 8), torch.device("cpu"))
+    captured = graphed._capture((2, 8, 12), torch.device("cpu"))
     assert captured.outputs.last_hidden_state.shape == (2, 8, 64)
     assert not captured.outputs.last_hidden_state.requires_grad
     assert {name: x.shape for name, x in captured.inputs.items()} == dict.fromkeys(graphs._ARGUMENTS, (2, 8))
-    warm_up = ["side waits for current", "side begins", 16, 16, 16, "side ends", "current waits for side"]
-    capture = ["graph with pool on side begins", 16, "graph with pool on side ends"]
+    warm_up = ["side waits for current", "side begins", 12, 12, 12, "side ends", "current waits for side"]
+    capture = ["graph with pool on side begins", 12, "graph with pool on side ends"]
     assert calls == [*warm_up, "pool", *capture]
     calls.clear()
     with torch.inference_mode():
-        captured = graphed._capture((2, 8), torch.device("cpu"))
+        captured = graphed._capture((2, 8, 12), torch.device("cpu"))
     assert calls == [*warm_up, *capture]
     # Tensors of inference mode couldn't be written to outside of it.
     assert not any(x.is_inference() for x in (*captured.inputs.values(), captured.outputs.last_hidden_state))
@@ -403,7 +468,7 @@ def test_a_failed_capture_is_a_reason_and_is_not_tried_again(graphed, on_cpu, mo
         for _ in range(2):
             graphed(**twins.batch(1, 8))
     assert graphed.route == "no graph could be captured: operation not permitted when stream is capturing"
-    assert tries == [(1, 8)]
+    assert tries == [(1, 8, 8)]
 
 
 def test_on_a_cpu_the_model_runs_and_says_why():

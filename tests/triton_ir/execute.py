@@ -250,7 +250,7 @@ _COMPUTED: dict[str, Callable[..., Any]] = {
     "tt.approx_divf": operator.truediv,
     "tt.join": lambda a, b: torch.stack(torch.broadcast_tensors(a, b), -1),
 }
-_ENDS = {"scf.yield", "scf.condition", "tt.reduce.return", "tt.return"}
+_ENDS = {"scf.yield", "scf.condition", "tt.reduce.return", "tt.scan.return", "tt.return"}
 # These take the sums of products that haven't been computed yet.
 _PASSING = {"scf.for", "scf.while", "scf.if", "ttng.warp_group_dot", "ttng.warp_group_dot_wait"}
 _HANDLERS: dict[str, Callable[..., Any]] = {}
@@ -472,6 +472,14 @@ def _reduce(frame: Frame, operation: Operation, value: Tensor) -> Tensor:
     if len(names) != 2 or names[0] not in _REDUCTIONS:
         raise NotImplementedError(f"a reduction by {names}")
     return _REDUCTIONS[names[0]](value, operation.number("axis") + 1)
+
+
+@handles("tt.scan")
+def _scan(frame: Frame, operation: Operation, value: Tensor) -> Tensor:
+    names = [one.name for one in operation.blocks[0].operations]
+    if names != ["arith.addi", "tt.scan.return"] or "reverse = false" not in operation.attributes:
+        raise NotImplementedError(f"a scan by {names}, {operation.attributes}")
+    return value.cumsum(operation.number("axis") + 1, dtype=value.dtype)
 
 
 @handles("tt.elementwise_inline_asm")

@@ -49,7 +49,7 @@ demo: $(DEMO)
 test: style
 	$(TYPES) & types=$$!; \
 		$(PYTEST) --dist=loadfile --no-loadscope-reorder tests \
-		&& $(PYTEST) --triton --dist=worksteal tests/ops tests/models/test_kernels.py tests/models/test_encoder_inference.py; \
+		&& $(PYTEST) --triton --dist=worksteal tests/ops tests/models/test_kernels.py tests/models/test_encoder_inference.py tests/models/test_model_inference.py; \
 		tests=$$?; wait $$types || { echo "mypy found errors: see the start of the tests"; exit 1; }; exit $$tests
 
 test-versions: $(READY)

@@ -40,7 +40,13 @@ from .tune import FEW
 
 STEPS = ("parity", "time", "tune", "breakdown", "profile", "sanitize", "large")
 # Folders whose tests need nothing but torch, Triton, transformers and pytest.
-TESTS = ("tests/gpu", "tests/ops", "tests/models/test_kernels.py", "tests/models/test_encoder_inference.py")
+TESTS = (
+    "tests/gpu",
+    "tests/ops",
+    "tests/models/test_kernels.py",
+    "tests/models/test_encoder_inference.py",
+    "tests/models/test_model_inference.py",
+)
 # These need the card for themselves, or minutes.
 APART = "MoreThan2To31 or beyond_2_to_the_31"
 SANITIZED = "test_sanitizer"

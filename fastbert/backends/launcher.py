@@ -32,7 +32,8 @@ class Launcher:
     """Launches of one kernel, a function under ``triton_utils.jit``.
 
     The kernel's parameters are the runtime arguments and then the constants. Names of pointers end in ``_ptr``. A
-    pointer that Triton tells apart by its alignment is a tensor at every launch, and the first argument is one.
+    pointer that Triton tells apart by its alignment is a tensor at every launch, and the first argument is one. Names
+    of TMA's descriptors end in ``_desc``: their dtype matters, and their block, which is among the constants.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -41,6 +42,7 @@ class Launcher:
         # Of the parameters that a kernel is specialised on; looked up at the first launch.
         self._pointers: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
         self._numbers: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+        self._descriptors: Callable[[tuple[Any, ...]], tuple[Any, ...]]
         self._names: list[str]
 
     def __call__(self, grid: tuple[int, ...], args: tuple[Any, ...], constants: dict[str, Any]) -> None:
@@ -68,9 +70,18 @@ class Launcher:
             self._names = [one.name for one in parameters if one.is_constexpr]
             told = [not (one.do_not_specialize or one.do_not_specialize_on_alignment) for one in runtime]
             pointer = [one.name.endswith("_ptr") for one in runtime]
-            self._numbers = _getter([i for i in range(len(runtime)) if told[i] and not pointer[i]])
+            descriptor = [one.name.endswith("_desc") for one in runtime]
+            number = [told[i] and not (pointer[i] or descriptor[i]) for i in range(len(runtime))]
+            self._numbers = _getter([i for i in range(len(runtime)) if number[i]])
+            self._descriptors = _getter([i for i in range(len(runtime)) if descriptor[i]])
             self._pointers = _getter([i for i in range(len(runtime)) if told[i] and pointer[i]])
         tensors = self._pointers(args)
         if reduce(or_, map(_ADDRESS, tensors)) % _ALIGNMENT:
             return None
-        return args[0].get_device(), *map(_DTYPE, tensors), *self._numbers(args), *constants.items()
+        described = map(_described, self._descriptors(args))
+        return args[0].get_device(), *map(_DTYPE, tensors), *described, *self._numbers(args), *constants.items()
+
+
+def _described(descriptor: Any) -> Any:
+    """The dtype of what a descriptor is of; None for none."""
+    return None if descriptor is None else descriptor.base.dtype

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert.backends import philox
-from fastbert.models import encoder_inference, encoder_plan, inputs, joined, layers, packing, upstream
+from fastbert.models import encoder_inference, encoder_plan, inputs, joined, layers, model_inference, packing, upstream
 from fastbert.models.snapshot import Snapshot
 
 PACKED = "packed"
@@ -116,6 +116,12 @@ class BertModel(_FromSafetensors, hf.BertModel):
         attention_mask = inputs.broadcast_2d(attention_mask, embedded)
         if all(kwargs.get(name) is None for name in (upstream.CACHE, upstream.OLD_CACHE)):
             inputs.check(self.config, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
+        unusual = sequences or any(one is not None for one in (read, tokens, position_ids, inputs_embeds))
+        if not unusual and self._asks_for_the_last_states(attention_mask, kwargs):
+            known = model_inference.forward(self, input_ids, attention_mask, token_type_ids)
+            if known is not None:
+                self.route = PACKED
+                return self._in_form(self._outputs(*known), kwargs.get("return_dict"))
         packed, reason = None, self._padded_reason(attention_mask, kwargs)
         if reason is None:
             assert embedded is not None
@@ -156,6 +162,11 @@ class BertModel(_FromSafetensors, hf.BertModel):
                 packed.unpack(state) if state is not None and state.dim() == 2 else state
                 for state in outputs.hidden_states
             )
+        if not torch.compiler.is_compiling():
+            model_inference.remember(self, outputs.last_hidden_state)
+        return self._in_form(outputs, return_dict)
+
+    def _in_form(self, outputs: Any, return_dict: bool | None) -> Any:
         if return_dict is None:
             return_dict = self.config.return_dict
         return outputs if return_dict else outputs.to_tuple()
@@ -194,6 +205,10 @@ class BertModel(_FromSafetensors, hf.BertModel):
             encoded = encoder(
                 hidden_states, packing=packed, seeds=seeds, projections=projections, known=known
             ).last_hidden_state
+        return self._outputs(encoded, packed)
+
+    def _outputs(self, encoded: Tensor, packed: packing.Packing) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Of the last states ``[T, H]``."""
         sequence_output = packed.unpack(encoded)
         pooled_output = None
         if self.pooler is not None:
@@ -240,10 +255,18 @@ class BertModel(_FromSafetensors, hf.BertModel):
             return None, "the head or the pooler uses the states of padded positions"
         return packed, None
 
+    def _asks_for_the_last_states(self, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
+        """Whether configuration and arguments ask for the packed way, and for no other states than the last."""
+        if _configured_padded_reason(self) or self._given_padded_reason(mask, kwargs):
+            return False
+        return not (kwargs.get("output_hidden_states") or self.config.output_hidden_states)
+
     def _padded_reason(self, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
         """Why a batch must stay padded whatever its padding is, in one sentence; None when it can be packed."""
-        if reason := static_padded_reason(self):
-            return reason
+        return static_padded_reason(self) or self._given_padded_reason(mask, kwargs)
+
+    def _given_padded_reason(self, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
+        """The part of ``_padded_reason`` that is about the arguments."""
         if mask is not None and mask.dim() == 4:
             return "a 4-D attention_mask is given, and packed attention knows sequences only"
         for name, value in kwargs.items():
@@ -264,6 +287,13 @@ def static_padded_reason(model: hf.BertModel) -> str | None:
 
     It looks at the configuration and at the modules, not at inputs.
     """
+    if reason := _configured_padded_reason(model):
+        return reason
+    replaced, hooked = _looked_through(model)
+    return replaced or layers.unserved(_any_parameter(model)) or hooked
+
+
+def _configured_padded_reason(model: hf.BertModel) -> str | None:
     config = model.config
     if config.is_decoder or config.add_cross_attention:
         return "the model is a decoder, which attends to the past only"
@@ -277,8 +307,7 @@ def static_padded_reason(model: hf.BertModel) -> str | None:
         return f"attn_implementation={config._attn_implementation!r} was asked for"
     if config.layer_norm_eps == 0:
         return "layer_norm_eps is 0, and a head's LayerNorm would divide by zero where padding has become zeros"
-    replaced, hooked = _looked_through(model)
-    return replaced or layers.unserved(_any_parameter(model)) or hooked
+    return None
 
 
 def _any_parameter(model: hf.BertModel) -> Tensor:

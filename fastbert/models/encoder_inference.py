@@ -24,7 +24,7 @@ from fastbert.models.packing import Packing
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """The modules whose numbers are read at every forward, and the parameters."""
 
     attend: Any
@@ -68,13 +68,21 @@ def forward(
             return forward(encoder, x, packing, projections, known)
     if known is None or not projections or unserved(x) is not None:
         return None
-    plan = _plan(encoder, x.dtype, known())
-    if not plan:
+    plan = plan_of(encoder, x.dtype, known())
+    if not plan or attention_choice(plan, x.device, x.dtype) != "triton":
         return None
-    device, index, dtype = x.device.type, x.device.index, x.dtype
+    return run(plan, x, packing, projections)
+
+
+def attention_choice(plan: list[Layer], device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation of attention for the layers; ``run`` takes "triton" only."""
     size = max(layer.attend.attention_head_size for layer in plan)
-    if select.table("attention").choose(None, select.Request(device, dtype, 0.0, size)) != "triton":
-        return None
+    return select.table("attention").choose(None, select.Request(device.type, dtype, 0.0, size))
+
+
+def run(plan: list[Layer], x: Tensor, packing: Packing, projections: dict[nn.Module, Projection]) -> Tensor:
+    """``[T, H]`` -> ``[T, H]`` by the layers of ``plan``, on the current device."""
+    device, index, dtype = x.device.type, x.device.index, x.dtype
     attention = select.load("attention", "triton").forward
     linear_gelu = select.best("linear_gelu", select.Request(device, dtype)).forward
     fused = select.best("bias_dropout_residual_layer_norm", select.Request(device, dtype, index=index)).output
@@ -83,10 +91,10 @@ def forward(
         attend = layer.attend
         projection = projections[attend]
         qkv = F.linear(x, projection.weight, projection.bias)
-        context, _ = attention(
-            qkv.view(qkv.shape[0], 3, -1, attend.attention_head_size), cu_seqlens, max_seqlen, attend.scaling, 0.0, None
-        )
-        projected = F.linear(context.view(x.shape[0], -1), layer.out_weight)
+        size = attend.attention_head_size
+        qkv = qkv.view(qkv.shape[0], 3, qkv.shape[1] // (3 * size), size)
+        context, _ = attention(qkv, cu_seqlens, max_seqlen, attend.scaling, 0.0, None)
+        projected = F.linear(context.flatten(1), layer.out_weight)
         norm = layer.norm1
         x = fused(projected, layer.out_bias, x, norm.weight, norm.bias, norm.eps, 0.0, None)
         act, _ = linear_gelu(x, layer.up_weight, layer.up_bias, layer.approximate, False)
@@ -96,17 +104,17 @@ def forward(
     return x
 
 
-def _plan(encoder: Any, dtype: torch.dtype, known: encoder_plan.EncoderPlan) -> list[_Layer]:
+def plan_of(encoder: Any, dtype: torch.dtype, known: encoder_plan.EncoderPlan) -> list[Layer]:
     """The layers, for states of ``dtype``; none where a part is not what it seems or computes something else."""
-    plan: list[_Layer] | None = known.found.get("inference")
+    plan: list[Layer] | None = known.found.get("inference")
     if plan is None:
         one_dtype = len({tensor.dtype for tensor in known.tensors}) == 1
         plan = known.found["inference"] = _new_plan(encoder) if one_dtype else []
     return plan if plan and plan[0].out_weight.dtype == dtype else []
 
 
-def _new_plan(encoder: Any) -> list[_Layer]:
-    if layers.unusual(encoder, layers.BertEncoder) or any(map(_is_called, encoder.modules())):
+def _new_plan(encoder: Any) -> list[Layer]:
+    if layers.unusual(encoder, layers.BertEncoder) or any(map(is_called, encoder.modules())):
         return []
     found = []
     for layer in encoder.layer:
@@ -118,7 +126,7 @@ def _new_plan(encoder: Any) -> list[_Layer]:
         out, up, down = layer.attention.output, layer.intermediate, layer.output
         approximate = layers.gelu_approximation(up.intermediate_act_fn)
         assert approximate is not None
-        made = _Layer(
+        made = Layer(
             *(attend, out.dense.weight, out.dense.bias, out.LayerNorm),
             *(up.dense.weight, up.dense.bias, approximate),
             *(down.dense.weight, down.dense.bias, down.LayerNorm),
@@ -129,12 +137,12 @@ def _new_plan(encoder: Any) -> list[_Layer]:
     return found
 
 
-def _is_called(module: nn.Module) -> bool:
+def is_called(module: nn.Module) -> bool:
     """Whether something wants to see the module's inputs or outputs, or trains it."""
     return module.training or any(getattr(module, name) for name in _HOOKS) or "forward" in module.__dict__
 
 
-def _fits(layer: _Layer, heads: int, hidden: int) -> bool:
+def _fits(layer: Layer, heads: int, hidden: int) -> bool:
     """Whether the parameters are those of a layer of ``hidden`` features, ``heads`` of them for all heads together."""
     features = layer.up_weight.shape[0]
     shapes = ((hidden, heads), (features, hidden), (hidden, features))

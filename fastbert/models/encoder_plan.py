@@ -18,7 +18,7 @@ _FACTS = attrgetter("shape", "dtype", "device")
 
 
 class EncoderPlan(Snapshot):
-    """A snapshot of all of an encoder's modules and tensors.
+    """A snapshot of all modules and tensors of an encoder, or of another module.
 
     Attributes:
         found: what was found out about them, by name.
@@ -33,7 +33,11 @@ class EncoderPlan(Snapshot):
 
     def holds(self, root: Any) -> bool:
         """As a snapshot does, and only with tensors of the same shapes and dtypes on the same devices."""
-        return super().holds(root) and list(map(_FACTS, self.tensors)) == self._facts
+        return super().holds(root) and self.same_facts()
+
+    def same_facts(self) -> bool:
+        """Whether the tensors that were there have the same shapes and dtypes, on the same devices."""
+        return list(map(_FACTS, self.tensors)) == self._facts
 
 
 def of(encoder: Any) -> EncoderPlan:

@@ -29,7 +29,7 @@ class Projection(NamedTuple):
     bias: Tensor | None
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What is joined.
 
     ``biased`` tells which of the self-attention modules has biases; ``rows`` and ``bias_rows`` are the numbers of rows
@@ -56,11 +56,16 @@ def join(
         return {}
     if torch.is_grad_enabled() and x.requires_grad:
         return {}
-    plan = _plan(encoder, encoder_plan.of(encoder) if known is None else known())
+    plan = plan_of(encoder, encoder_plan.of(encoder) if known is None else known())
     if not plan.weights or plan.weights[0].device != x.device:
         return {}
     if torch.is_grad_enabled() and any(map(_REQUIRES_GRAD, (*plan.weights, *plan.biases))):
         return {}
+    return join_all(plan)
+
+
+def join_all(plan: Plan) -> dict[nn.Module, Projection]:
+    """The projections of a plan that has any."""
     with torch.no_grad():
         weights = torch.cat(plan.weights).split(plan.rows)
         biases = iter(torch.cat(plan.biases).split(plan.bias_rows) if plan.biases else ())
@@ -68,8 +73,9 @@ def join(
     return dict(zip(plan.attentions, projections, strict=True))
 
 
-def _plan(encoder: Any, known: encoder_plan.EncoderPlan) -> _Plan:
-    plan: _Plan | None = known.found.get("joined")
+def plan_of(encoder: Any, known: encoder_plan.EncoderPlan) -> Plan:
+    """What can be joined of an encoder; no weights where nothing can."""
+    plan: Plan | None = known.found.get("joined")
     if plan is None:
         plan = _new_plan(encoder)
         # A tensor that is a plain attribute may be replaced without a trace in the snapshot.
@@ -79,7 +85,7 @@ def _plan(encoder: Any, known: encoder_plan.EncoderPlan) -> _Plan:
     return plan
 
 
-def _new_plan(encoder: Any) -> _Plan:
+def _new_plan(encoder: Any) -> Plan:
     attentions = [layer.attention.self for layer in encoder.layer]
     chosen = [one for one in attentions if _is_plain(one.query.weight) and one.unfused() is None]
     linears = [linear for attention in chosen for linear in (attention.query, attention.key, attention.value)]
@@ -89,11 +95,11 @@ def _new_plan(encoder: Any) -> _Plan:
     if len({(p.device, p.dtype) for p in (*weights, *biases)}) != 1 or any(
         linear.weight.shape != (linear.out_features, linears[0].in_features) for linear in linears
     ):
-        return _Plan([], [], [], [], [], [])
+        return Plan([], [], [], [], [], [])
     biased = [attention.query.bias is not None for attention in chosen]
     rows = [3 * attention.query.weight.shape[0] for attention in chosen]
     bias_rows = [count for count, has_bias in zip(rows, biased, strict=True) if has_bias]
-    return _Plan(chosen, weights, biases, biased, rows, bias_rows)
+    return Plan(chosen, weights, biases, biased, rows, bias_rows)
 
 
 def _is_plain(weight: Tensor) -> bool:

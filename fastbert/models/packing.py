@@ -94,8 +94,12 @@ def from_mask(mask: Tensor, read: Tensor | None, read_first: bool = False) -> Pa
     will use the first of each sequence. If one of them is padding in a sequence that isn't all padding, there is no
     packing that keeps it, and None is returned.
     """
-    batch, seqlen = mask.shape
-    cu_seqlens, indices, facts = unpad(mask, read, read_first)
+    return from_unpadded(mask.shape, *unpad(mask, read, read_first))
+
+
+def from_unpadded(shape: tuple[int, ...], cu_seqlens: Tensor, indices: Tensor, facts: Tensor) -> Packing | None:
+    """The packing of a mask of ``shape``, from what ``unpad`` gives; see ``from_mask``."""
+    batch, seqlen = shape
     tokens, longest, *reads_padding = facts.tolist()
     if any(reads_padding):
         return None

@@ -9,7 +9,7 @@ from models import twins
 from torch import nn
 
 from fastbert.backends import select
-from fastbert.models import encoder_inference, layers
+from fastbert.models import encoder_inference, layers, model_inference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 REASON = next(select.needs_triton(select.Request(DEVICE, torch.float32)), None)
@@ -27,16 +27,22 @@ def model():
 
 @pytest.fixture
 def taken(monkeypatch):
-    """Whether each forward of an encoder went this way."""
+    """Whether each forward of an encoder went this way; by what is known of its model, or not."""
     found = []
-    forward = encoder_inference.forward
+    forward, known_forward = encoder_inference.forward, model_inference.forward
 
     def watched(*args):
         encoded = forward(*args)
         found.append(encoded is not None)
         return encoded
 
+    def watched_model(*args):
+        known = known_forward(*args)
+        found.extend([True] if known is not None else [])
+        return known
+
     monkeypatch.setattr(encoder_inference, "forward", watched)
+    monkeypatch.setattr(model_inference, "forward", watched_model)
     # Prepacked weights are for CPUs; here a CPU stands for a GPU.
     monkeypatch.setattr(layers.prepacked, "missing", lambda dtype: "the test is of Triton's kernels")
     monkeypatch.setattr(layers.prepacked, "unsupported", lambda x, linears: "the test is of Triton's kernels")

@@ -65,11 +65,11 @@ def test_a_plan_is_kept_until_something_changes():
     _, ours = models()
     with torch.no_grad():
         ours(**twins.batch())
-    plan = joined._plan(ours.encoder, encoder_plan.of(ours.encoder))
-    assert joined._plan(ours.encoder, encoder_plan.of(ours.encoder)) is plan
+    plan = joined.plan_of(ours.encoder, encoder_plan.of(ours.encoder))
+    assert joined.plan_of(ours.encoder, encoder_plan.of(ours.encoder)) is plan
     layer = ours.encoder.layer[1]
     layer.attention.self = copy.deepcopy(layer.attention.self)
-    changed = joined._plan(ours.encoder, encoder_plan.of(ours.encoder))
+    changed = joined.plan_of(ours.encoder, encoder_plan.of(ours.encoder))
     assert changed is not plan
     assert layer.attention.self in changed.attentions
 
@@ -78,7 +78,7 @@ def test_weights_of_two_dtypes_are_not_joined():
     """Joined they would all have the wider one, and no product would tell."""
     _, ours = models()
     ours.encoder.layer[1].attention.self.float()
-    assert joined._plan(ours.encoder, encoder_plan.of(ours.encoder)).weights == []
+    assert joined.plan_of(ours.encoder, encoder_plan.of(ours.encoder)).weights == []
     with torch.no_grad(), pytest.raises(RuntimeError, match="dtype"):
         ours(**twins.batch())
 

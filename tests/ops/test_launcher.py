@@ -17,7 +17,9 @@ from fastbert.ops.attention import triton as attention
 from fastbert.ops.bias_gelu import triton as bias_gelu
 from fastbert.ops.embedding_layer_norm import triton as embedding_layer_norm
 from fastbert.ops.layer_norm import triton as layer_norm
+from fastbert.ops.linear_gelu import persistent
 from fastbert.ops.linear_gelu import triton as linear_gelu
+from fastbert.ops.unpad import triton as unpad
 
 
 class OnGPU:
@@ -129,6 +131,23 @@ def test_nothing_is_kept_where_nothing_was_compiled():
     assert [way for way, *_ in kernel.launches] == ["by Triton"] * 2
 
 
+def test_descriptors_are_told_apart_by_their_dtype():
+    """And a descriptor from none."""
+    kernel = Kernel()
+    kernel.params.insert(3, SimpleNamespace(**{**vars(kernel.params[1]), "name": "y_desc"}))
+    launch = Launcher(kernel)
+
+    class Descriptor:
+        def __init__(self, dtype):
+            self.base = OnGPU(dtype=dtype)
+
+    ways = []
+    for descriptor in (None, Descriptor(torch.float16), Descriptor(torch.bfloat16), Descriptor(torch.float16), None):
+        launch((5,), (X, 8, SEED, descriptor, 3), CONSTANTS)
+        ways.append(kernel.launches[-1][0])
+    assert ways == ["by Triton"] * 3 + ["compiled"] * 2
+
+
 def test_sizes_that_always_change_do_not_fill_the_memory(monkeypatch):
     monkeypatch.setattr(launcher, "_MOST", 3)
     kernel = Kernel()
@@ -164,6 +183,11 @@ def _call_everything(dtype, hidden, size, rows, offset, seed_offset, dropout_p, 
     bias_gelu.forward(x, weight, "none")
     bias_gelu.backward(x, x, weight, "none", [True, True])
     linear_gelu.forward(x, new(24, hidden), new(24), "none", True)
+    if dtype != torch.float32:
+        for bias, needs_hidden in ((None, False), (new(24), False), (new(24), True)):
+            persistent.forward(x, new(24, hidden), bias, "none", needs_hidden)
+    mask = new(rows, hidden)
+    unpad.unpad(mask, None if seed_offset else mask > 0, bool(seed_offset))
     ids = torch.zeros(rows, dtype=torch.int64)
     tables = (ids, ids, ids, new(5, hidden), new(5, hidden), new(2, hidden), weight)
     embedding_layer_norm.forward(*tables, weight, 1e-12, dropout_p, seed, -1)
@@ -190,7 +214,7 @@ def test_no_launch_gets_another_kernel_than_triton_would_choose(launches):
         triton_key = repr(binders[kernel](*args, **constants)[1:])
         assert chosen.setdefault((launch, key), triton_key) == triton_key, kernel
         kept.add(launch)
-    modules = (attention, bias_gelu, embedding_layer_norm, layer_norm, linear_gelu)
+    modules = (attention, bias_gelu, embedding_layer_norm, layer_norm, linear_gelu, persistent, unpad)
     assert kept >= {one for module in modules for one in vars(module).values() if isinstance(one, Launcher)}
     # Most launches are of a kernel that is known by then.
     assert len(chosen) < len(launches) / 3

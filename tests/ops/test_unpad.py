@@ -88,4 +88,6 @@ def test_strides_of_any_kind():
         assert all(torch.equal(a, b) for a, b in zip(found[:2], oracle[:2], strict=True))
         assert any(found[2][2:].tolist()) == any(oracle[2][2:].tolist())
     mask = whole[:, :6]
-    assert any(triton.unpad(mask, read, False)[2][2:].tolist()) == any(reference.unpad(mask, read, False)[2][2:].tolist())
+    assert any(triton.unpad(mask, read, False)[2][2:].tolist()) == any(
+        reference.unpad(mask, read, False)[2][2:].tolist()
+    )

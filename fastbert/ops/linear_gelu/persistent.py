@@ -26,6 +26,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastbert.backends import launch
+from fastbert.backends.launcher import Launcher
 from fastbert.backends.triton_utils import (
     ceil_div,
     dot,
@@ -61,7 +62,7 @@ def _delay(first_delayed, cycles):
 
 @jit
 def _store(
-    hidden, bias_ptr, y, hidden_out, row, column, N,
+    hidden, bias_ptr, y_desc, hidden_desc, row, column, N,
     TANH: tl.constexpr, HAS_BIAS: tl.constexpr, NEEDS_HIDDEN: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """Add the bias and store a block at (``row``, ``column``) and its GELU, ``PARTS`` parts one after another."""
@@ -70,27 +71,27 @@ def _store(
             columns = column + tl.arange(0, hidden.shape[1])
             hidden += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[None, :]
         if NEEDS_HIDDEN:
-            hidden_out.store([row, column], hidden.to(hidden_out.dtype))
-        y.store([row, column], gelu(hidden, TANH, SHORT=True).to(y.dtype))
+            hidden_desc.store([row, column], hidden.to(hidden_desc.dtype))
+        y_desc.store([row, column], gelu(hidden, TANH, SHORT=True).to(y_desc.dtype))
     else:
         half: tl.constexpr = hidden.shape[1] // 2
         halves = tl.permute(tl.reshape(hidden, [hidden.shape[0], 2, half]), (0, 2, 1))
         left, right = tl.split(halves)
-        _store(left, bias_ptr, y, hidden_out, row, column, N, TANH, HAS_BIAS, NEEDS_HIDDEN, PARTS // 2)
-        _store(right, bias_ptr, y, hidden_out, row, column + half, N, TANH, HAS_BIAS, NEEDS_HIDDEN, PARTS // 2)
+        _store(left, bias_ptr, y_desc, hidden_desc, row, column, N, TANH, HAS_BIAS, NEEDS_HIDDEN, PARTS // 2)
+        _store(right, bias_ptr, y_desc, hidden_desc, row, column + half, N, TANH, HAS_BIAS, NEEDS_HIDDEN, PARTS // 2)
 
 
 @jit(do_not_specialize=["M", "first_delayed"])
 def persistent_kernel(
-    x, weight, bias_ptr, y, hidden_out, M, N, K, first_delayed,
+    bias_ptr, x_desc, weight_desc, y_desc, hidden_desc, M, N, K, first_delayed,
     TANH: tl.constexpr, HAS_BIAS: tl.constexpr, NEEDS_HIDDEN: tl.constexpr, PRECISION: tl.constexpr,
     DELAY: tl.constexpr, GROUP_M: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Blocks ``[BLOCK_M, BLOCK_N]`` of y ``[M, N]``, and of hidden where that is needed.
 
-    All tensors but the bias are descriptors. Programs from ``first_delayed`` on begin later, by ``DELAY`` cycles a step
-    over k.
+    ``bias_ptr`` is any tensor where there is no bias. Programs from ``first_delayed`` on begin later, by ``DELAY``
+    cycles a step over k.
     """
     blocks_m, blocks_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     steps = tl.cdiv(K, BLOCK_K)
@@ -103,8 +104,11 @@ def persistent_kernel(
         hidden = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
         for step in range(steps):
             start = step * BLOCK_K
-            hidden = dot(x.load([row, start]), weight.load([column, start]).T, hidden, PRECISION)
-        _store(hidden, bias_ptr, y, hidden_out, row, column, N, TANH, HAS_BIAS, NEEDS_HIDDEN, PARTS)
+            hidden = dot(x_desc.load([row, start]), weight_desc.load([column, start]).T, hidden, PRECISION)
+        _store(hidden, bias_ptr, y_desc, hidden_desc, row, column, N, TANH, HAS_BIAS, NEEDS_HIDDEN, PARTS)
+
+
+_launch_persistent = Launcher(persistent_kernel)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -148,14 +152,15 @@ def _launch(
     # With fewer than two blocks each, what a late begin costs at the end isn't won back.
     first_delayed = at_once if blocks >= 2 * resident else programs
     part = [block_m, block_n // options["PARTS"]]
-    persistent_kernel[(programs,)](
+    operands = (
+        x if bias is None else bias.contiguous(),
         TensorDescriptor(x, [M, K], [x.stride(0), 1], [block_m, block_k]),
         TensorDescriptor(weight, [N, K], [weight.stride(0), 1], [block_n, block_k]),
-        None if bias is None else bias.contiguous(),
         TensorDescriptor(y, [M, N], [y.stride(0), 1], part),
         None if hidden is None else TensorDescriptor(hidden, [M, N], [hidden.stride(0), 1], part),
-        M, N, K, first_delayed,
-        TANH=approximate == "tanh", HAS_BIAS=bias is not None, NEEDS_HIDDEN=hidden is not None,
-        PRECISION=dot_precision(x.dtype),
-        **options,
-    )  # fmt: skip
+    )
+    constants = {
+        "TANH": approximate == "tanh", "HAS_BIAS": bias is not None, "NEEDS_HIDDEN": hidden is not None,
+        "PRECISION": dot_precision(x.dtype),
+    }  # fmt: skip
+    _launch_persistent((programs,), (*operands, M, N, K, first_delayed), {**constants, **options})

@@ -78,3 +78,12 @@ def linear_gelu(
     weight = torch.empty(features, hidden, dtype=dtype, device=device).normal_()
     bias = weight[:, 0].contiguous()
     return lambda: module.forward(x, weight, bias, "none", needs_hidden)
+
+
+def unpad(dtype: torch.dtype, seqlen: int, with_ids: bool, device: torch.device) -> Callable[[], object]:
+    module = importlib.import_module("fastbert.ops.unpad.triton")
+    mask = torch.ones(TOKENS // seqlen, seqlen, dtype=torch.int64, device=device).to(dtype)
+    ids = torch.zeros(TOKENS // seqlen, seqlen, dtype=torch.int64, device=device)
+    if with_ids:
+        return lambda: module.unpad_ids(mask, True, ids, ids)
+    return lambda: module.unpad(mask, mask > 0, False)

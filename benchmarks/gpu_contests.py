@@ -37,6 +37,7 @@ _MODULES = (
     "bias_gelu",
     "embedding_layer_norm",
     "bias_dropout_residual",
+    "unpad",
 )
 _COMPILED = (suite.COMPILED, peers.COMPILED, peers.REDUCED)
 

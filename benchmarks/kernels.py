@@ -82,8 +82,12 @@ class Launch:
 
     @property
     def dtype(self) -> str:
-        """Triton's name of the dtype of its first pointer or descriptor."""
-        found = (re.match(r"(?:\*|tensordesc<)(fp32|fp16|bf16)\b", kind) for _, kind in self.signature)
+        """Triton's name of the dtype of its first pointer or descriptor to floating-point numbers, or else of any."""
+        found = (
+            re.match(rf"(?:\*|tensordesc<)({dtypes})\b", kind)
+            for dtypes in ("fp32|fp16|bf16", r"\w+")
+            for _, kind in self.signature
+        )
         return next(match[1] for match in found if match is not None)
 
     def describe(self) -> str:
@@ -287,6 +291,12 @@ def calls_of(shape: shapes.Model, dtype: torch.dtype, capability: int = CAPABILI
         ],
         "embedding_layer_norm": [
             functools.partial(calls.embedding, hidden, dtype, p, backward) for p in dropouts for backward in directions
+        ],
+        "unpad": [
+            functools.partial(calls.unpad, mask, seqlen, with_ids)
+            for mask in (torch.int64, torch.bool)
+            for seqlen in (128, 512)
+            for with_ids in (False, True)
         ],
     }
 

@@ -79,7 +79,8 @@ def _run(
 ) -> tuple[Tensor, packing.Packing] | None:
     packed: packing.Packing | None
     if mask is None:
-        packed = packing.full(*input_ids.shape, input_ids.device)
+        batch, seqlen = input_ids.shape
+        packed = packing.full(batch, seqlen, input_ids.device)
         projections = joined.join_all(plan.projections)
         positions = packed.places()
         types = torch.zeros_like(positions) if token_type_ids is None else token_type_ids.flatten()

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import harness, shapes, suite
+from benchmarks import bench_unpad, harness, shapes, suite
 from benchmarks.environment import slug
 from benchmarks.harness import Contest, Contestant
 from benchmarks.memory import memory
@@ -146,6 +146,11 @@ def test_every_op_has_a_benchmark_of_its_name():
         for device in ("cpu", "cuda"):
             works = {case.work for case in module.cases(device)}
             assert works == {f"{op} {direction}" for direction in suite.DIRECTIONS}, folder
+
+
+def test_what_only_a_gpu_has_is_measured_there_only():
+    assert bench_unpad.cases("cpu") == []
+    assert {case.work for case in bench_unpad.cases("cuda")} == {"unpad forward"}
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from ops import problems
 
 import fastbert
 from fastbert import ops
+from fastbert.models import graphs, model_inference
 
 pytestmark = pytest.mark.gpu
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
@@ -83,6 +84,7 @@ FIRST_UNDER_CAPTURE = """
 import torch
 import fastbert
 from fastbert import ops
+from fastbert.models import graphs, model_inference
 
 x, weight = torch.randn(64, 768, device="cuda"), torch.ones(768, device="cuda")
 expected = torch.nn.functional.layer_norm(x, (768,), weight, weight)
@@ -158,6 +160,47 @@ def test_graphs_of_a_model_replay_what_it_computes(name):
         assert graphed.route.startswith("graph "), graphed.route
         for key in expected:
             torch.testing.assert_close(actual[key], expected[key], atol=1e-4, rtol=1e-4)
+
+
+def test_graphs_of_a_share_of_the_positions(monkeypatch):
+    """A large bucket's compute as many tokens as a batch has, rounded up to a share of its positions."""
+    monkeypatch.setattr(graphs, "_LEAST_COUNTED", 0)
+    graphed = fastbert.cuda_graphs(twins.twins()[1].eval().cuda(), batch_sizes=(8,), lengths=(48,))
+    routes = []
+    for batch_size, seqlen, kind in (
+        (8, 48, "none"),
+        (8, 48, "holes"),
+        (5, 37, "right"),
+        (2, 20, "right"),
+        (1, 9, "none"),
+    ):
+        inputs = {key: value.cuda() for key, value in twins.batch(batch_size, seqlen, kind).items()}
+        with torch.no_grad():
+            actual, expected = graphed(**inputs), graphed.model(**inputs)
+        routes.append(graphed.route)
+        for key in expected:
+            torch.testing.assert_close(actual[key], expected[key], atol=1e-4, rtol=1e-4)
+    assert routes[0] == "graph 8x48"
+    assert len(set(routes)) >= 3
+    assert all(route.startswith("graph 8x48") for route in routes)
+
+
+def test_what_is_known_of_a_model_is_used_on_every_stream():
+    """Inference that begins with what the last forward found out, on a stream that is behind."""
+    model = twins.twins()[1].eval().cuda()
+    inputs = {key: value.cuda() for key, value in twins.batch(8, 48).items()}
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+        assert type(model._inference) is model_inference.Plan
+        torch.cuda.synchronize()
+        late = {key: torch.zeros_like(value) for key, value in inputs.items()}
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(100_000_000)
+            for key, value in inputs.items():
+                late[key].copy_(value)
+            actual = model(**late).last_hidden_state
+        torch.cuda.synchronize()
+    assert torch.equal(actual, expected)
 
 
 def test_a_graph_on_another_stream_than_the_last():

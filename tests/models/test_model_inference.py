@@ -240,9 +240,14 @@ def test_a_change_between_two_forwards_is_seen(change, known):
     for _ in range(2):
         torch.manual_seed(3)
         assert all(map(torch.equal, outputs(model).to_tuple(), wanted.to_tuple()))
-    assert change in [CHANGES[one] for one in ("a hook on the encoder", "a hook on a layer")] or any(
-        a.dtype != b.dtype or not torch.equal(a, b) for a, b in zip(actual.to_tuple(), first.to_tuple(), strict=False)
-    ) or model.pooler is None
+    assert (
+        change in [CHANGES[one] for one in ("a hook on the encoder", "a hook on a layer")]
+        or any(
+            a.dtype != b.dtype or not torch.equal(a, b)
+            for a, b in zip(actual.to_tuple(), first.to_tuple(), strict=False)
+        )
+        or model.pooler is None
+    )
 
 
 def test_a_hook_runs_once_a_forward(known):

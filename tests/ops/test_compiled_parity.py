@@ -78,6 +78,21 @@ def test_parity_of_the_persistent_product(rows, features, beside):
     assert "persistent_kernel" in {name for _, name in beside.ran}
 
 
+@pytest.mark.parametrize("shape", [(5, 40), (40, 3)], ids=str)
+def test_the_tokens_of_a_mask(shape, beside):
+    from fastbert.ops.unpad import reference, triton
+
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    ids = torch.arange(mask.numel()).view(shape)
+    cu_seqlens, indices, facts, packed = triton.unpad_ids(mask.to(torch.int64), True, ids, ids)
+    oracle = reference.unpad(mask, None, True)
+    assert torch.equal(cu_seqlens, oracle[0])
+    assert torch.equal(indices, oracle[1])
+    assert facts[:2].tolist() == oracle[2][:2].tolist()
+    assert torch.equal(packed, torch.stack([indices, indices % shape[1], indices]))
+    assert {name for _, name in beside.ran} == {"lengths_kernel", "indices_kernel"}
+
+
 @pytest.mark.parametrize(("dtype", "seqlen"), [(torch.float32, 20), (torch.bfloat16, 140)], ids=str)
 def test_two_layers_of_bert(dtype, seqlen, beside, monkeypatch):
     """Forward and backward, with dropout."""

@@ -1,10 +1,12 @@
 """Where the tokens of a mask are, by Triton, against loops over it: on a GPU, or with ``--triton``."""
 
+import dataclasses
 import itertools
 
 import pytest
 import torch
 
+from benchmarks import bench_unpad, harness, shapes
 from fastbert.backends import select
 from fastbert.ops.unpad import reference
 
@@ -91,3 +93,11 @@ def test_strides_of_any_kind():
     assert any(triton.unpad(mask, read, False)[2][2:].tolist()) == any(
         reference.unpad(mask, read, False)[2][2:].tolist()
     )
+
+
+def test_both_contestants_of_its_benchmark_find_the_same():
+    (case, *_) = bench_unpad.cases("cuda")
+    contest = bench_unpad.build(dataclasses.replace(case, device=DEVICE, batch=shapes.even(5, 40, 0.5)))
+    for contestant in contest.contestants.values():
+        judged = harness.judge(contestant.judged(), contest.exact, contest.eager, contest.dtype)
+        assert (judged.error, judged.passed) == (0.0, True)

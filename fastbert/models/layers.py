@@ -190,6 +190,8 @@ def _norm_reason(module: Any, before: nn.Module) -> str | None:
 
 
 def _gelu_reason(dense: nn.Module, activation: Any) -> str | None:
+    if not upstream.GELU:
+        return "transformers.activations has none of the GELUs that fastbert knows"
     if gelu_approximation(activation) is None:
         name = getattr(activation, "__name__", type(activation).__name__)
         return f"the activation {name} is not of the GELU family"

@@ -9,7 +9,7 @@ from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 from fastbert.backends import host_linear, onednn, select
-from fastbert.models import layers, whole_layer
+from fastbert.models import layers, upstream, whole_layer
 
 # Who multiplies by prepacked weights in float32.
 PREPACKED = ("onednn" if host_linear.missing(torch.float32) else "extension") + " prepacked"
@@ -137,6 +137,13 @@ def test_explain_tells_why_a_model_is_padded(changes, reason):
     for part in ("embeddings", "query, key, value", "attention"):
         assert by_part[part].reason == reason
         assert not by_part[part].implementation.startswith(("ops.", "onednn"))
+
+
+def test_explain_tells_that_the_activations_have_gone_elsewhere(monkeypatch):
+    monkeypatch.setattr(upstream, "GELU", {})
+    rows = [row for row in fastbert.explain(twins.twins()[1]) if row.part == "dense, GELU"]
+    assert {row.implementation for row in rows} == {"Hugging Face"}
+    assert {row.reason for row in rows} == {"transformers.activations has none of the GELUs that fastbert knows"}
 
 
 def test_explain_names_what_is_not_fused():

@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from models import twins
@@ -425,6 +426,79 @@ def test_a_forward_without_gradients_equals_one_with_them_case_57(name, kind, dt
             found.append(fast(**twins.batch(kind=kind))[0].detach())
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
+
+
+def _freeze(*parts):
+    def freeze(model):
+        for part in parts:
+            model.bert.get_submodule(part).requires_grad_(False)
+        return model
+
+    return freeze
+
+
+def _with_lora(*targets):
+    def adapt(model):
+        return peft.get_peft_model(model, peft.LoraConfig(target_modules=list(targets), lora_dropout=0.2))
+
+    return adapt
+
+
+def _checkpoint(model):
+    model.gradient_checkpointing_enable()
+    return model
+
+
+def _chunk(model):
+    for layer in model.bert.encoder.layer:
+        layer.chunk_size_feed_forward = 5
+    return model
+
+
+def _hook(model):
+    model.bert.encoder.layer[0].register_forward_hook(lambda module, args, output: None)
+    return model
+
+
+PREPARED = {
+    "frozen embeddings": _freeze("embeddings"),
+    "a frozen layer": _freeze("embeddings", "encoder.layer.0"),
+    "a frozen encoder": _freeze("embeddings", "encoder"),
+    "LoRA on two products": _with_lora("query", "value"),
+    "LoRA on all": _with_lora("query", "key", "value", "dense"),
+    "checkpointing": _checkpoint,
+    "chunks": _chunk,
+    "a hook": _hook,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, "autocast"], ids=str)
+@pytest.mark.parametrize("prepare", PREPARED.values(), ids=PREPARED)
+def test_a_prepared_model_without_gradients_equals_one_with_them_case_57(prepare, dtype):
+    """Those that GradCache trains: with adapters, frozen parts or recomputation."""
+    fast = twins.twins("BertForSequenceClassification", **DROPOUT)[1].train()
+    fast = prepare(fast.to(dtype) if dtype == torch.bfloat16 else fast)
+    found = []
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        torch.manual_seed(7)
+        with mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
+            found.append(fast(**twins.batch()).logits.detach())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification"])
+def test_an_unknown_keyword_of_a_head_changes_nothing(name, training):
+    """Neither the way nor the masks of dropout: features of sentence-transformers carry more than the model takes."""
+    fast = twins.twins(name, **DROPOUT)[1].train(training)
+    found, routes = [], []
+    for more in ({}, {"token_embeddings": torch.ones(2, 3), "all_layer_idx": 1}):
+        torch.manual_seed(7)
+        found.append(fast(**twins.batch(), **more).logits)
+        routes.append(fast.bert.route)
+    assert torch.equal(*found)
+    assert routes == ["packed"] * 2
 
 
 @pytest.mark.parametrize("name", ["BertForMaskedLM", "BertForPreTraining"])

@@ -116,9 +116,11 @@ class BertModel(_FromSafetensors, hf.BertModel):
         attention_mask = inputs.broadcast_2d(attention_mask, embedded)
         if all(kwargs.get(name) is None for name in (upstream.CACHE, upstream.OLD_CACHE)):
             inputs.check(self.config, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        unusual = sequences or any(one is not None for one in (read, tokens, position_ids, inputs_embeds))
-        if not unusual and self._asks_for_the_last_states(attention_mask, kwargs):
-            known = model_inference.forward(self, input_ids, attention_mask, token_type_ids)
+        others = (read, tokens, position_ids, inputs_embeds)
+        if model_inference.has_plan(self) and not sequences and all(one is None for one in others):
+            known = None
+            if self._asks_for_the_last_states(attention_mask, kwargs):
+                known = model_inference.forward(self, input_ids, attention_mask, token_type_ids)
             if known is not None:
                 self.route = PACKED
                 return self._in_form(self._outputs(*known), kwargs.get("return_dict"))

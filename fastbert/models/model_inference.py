@@ -44,15 +44,20 @@ class _Unserved(NamedTuple):
     encoder: object
 
 
+def has_plan(model: Any) -> bool:
+    """Whether something is known of ``model`` that ``forward`` may begin with."""
+    return type(model.__dict__.get("_inference")) is Plan
+
+
 def forward(
     model: Any, input_ids: Tensor | None, mask: Tensor | None, token_type_ids: Tensor | None
 ) -> tuple[Tensor, packing.Packing] | None:
-    """The last states ``[T, H]`` with their packing; None where the model must be run as usual.
+    """The last states ``[T, H]`` of a model that has a plan, with their packing; None where it must be run as usual.
 
     All ids and the mask are ``[B, S]``; the arguments have been checked.
     """
-    plan: Plan | None = model.__dict__.get("_inference")
-    if type(plan) is not Plan or input_ids is None or not _serves(plan, input_ids, mask, token_type_ids):
+    plan: Plan = model._inference
+    if input_ids is None or not _serves(plan, input_ids, mask, token_type_ids):
         return None
     if not plan.same_facts():
         del model._inference
@@ -107,9 +112,9 @@ def remember(model: Any, states: Tensor) -> None:
 
     That there is none stands for as long as neither the model's snapshot nor the encoder's has changed.
     """
-    dtype, kept = states.dtype, model.__dict__.get("_inference")
-    if torch.is_grad_enabled() or type(kept) is Plan or not _may_serve(dtype, states.device.type):
+    if torch.is_grad_enabled() or has_plan(model) or not _may_serve(states.dtype, states.device.type):
         return
+    dtype, kept = states.dtype, model.__dict__.get("_inference")
     looked_through = model.__dict__.get("_looked_through")
     known = encoder_plan.of(model.encoder)
     if kept == _Unserved(looked_through, known):

@@ -20,6 +20,7 @@ from fastbert.ops.embedding_layer_norm import triton as embedding_layer_norm
 from fastbert.ops.layer_norm import triton as layer_norm
 from fastbert.ops.linear_gelu import by_shape, persistent
 from fastbert.ops.linear_gelu import triton as linear_gelu
+from fastbert.ops.unpad import triton as unpad
 
 
 @pytest.mark.parametrize(
@@ -106,7 +107,7 @@ def launched(monkeypatch):
 def test_every_launch_fuses_multiply_adds(capability):
     """Whatever the default of the installed Triton is."""
     launches = kernels.all_launches(capability)
-    modules = (attention, bias_gelu, embedding_layer_norm, layer_norm, linear_gelu, persistent)
+    modules = (attention, bias_gelu, embedding_layer_norm, layer_norm, linear_gelu, persistent, unpad)
     kernels_there = {
         (module.__name__.split(".")[-2], name)
         for module in modules

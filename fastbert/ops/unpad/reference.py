@@ -10,7 +10,7 @@ def unpad(mask: Tensor, read: Tensor | None, read_first: bool) -> tuple[Tensor, 
     """(``cu_seqlens``, ``indices``, ``facts``); see ``api.py``."""
     valid = mask.to(torch.bool)
     lengths = valid.sum(1, dtype=torch.int32)
-    cu_seqlens = lengths.new_zeros(len(lengths) + 1)
+    cu_seqlens = lengths.new_zeros(lengths.shape[0] + 1)
     torch.cumsum(lengths, 0, dtype=torch.int32, out=cu_seqlens[1:])
     indices = torch.argsort(valid.flatten().to(torch.int8), descending=True, stable=True)
     facts = [cu_seqlens[-1], lengths.max()]

@@ -278,9 +278,11 @@ def calls_of(shape: shapes.Model, dtype: torch.dtype, capability: int = CAPABILI
         ],
         "layer_norm": [functools.partial(calls.layer_norm, hidden, dtype, backward) for backward in directions],
         "bias_gelu": [
-            functools.partial(calls.bias_gelu, shape.intermediate, dtype, approximate, backward)
+            functools.partial(
+                calls.bias_gelu, shape.intermediate, dtype, approximate, backward, with_output=with_output
+            )
             for approximate in ("none", "tanh")
-            for backward in directions
+            for backward, with_output in ((False, False), (True, False), (True, True))
         ],
         "linear_gelu": [
             functools.partial(calls.linear_gelu, shape.intermediate, hidden, dtype, tokens, needs_hidden, route=route)

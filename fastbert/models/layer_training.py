@@ -78,7 +78,6 @@ class _Kernels(NamedTuple):
     fused1: Any
     fused2: Any
     linear_gelu: Any
-    bias_gelu: Any
     layer_norm: Any
 
 
@@ -132,7 +131,6 @@ def layer(
         _best(_FUSED, x, dtypes.hidden, settings.p1),
         _best(_FUSED, x, dtypes.hidden, settings.p2),
         _best("linear_gelu", x, product),
-        _best("bias_gelu", x, product),
         _best("layer_norm", x, dtypes.hidden),
     )
     seed1 = checks.dropout_seed(settings.p1, seed1, x.device)
@@ -252,18 +250,20 @@ def _gradients(ctx: Any, saved: tuple[Any, ...], dy2: Tensor) -> tuple[Tensor | 
             [needs.down_bias, needs.norm2_weight, needs.norm2_bias],
         )  # fmt: skip
         dprojected = _cast(dresidual if seed2 is None else dprojected, product)
-        ddown = None
-        if needs.down_weight:
-            ddown = dprojected.T @ kernels.bias_gelu.forward(pre, None, settings.approximate)
         dact = dprojected @ p.down_weight
         # Only its shape counts where the weight needs no gradient.
         y1 = z1
         if needs.up_weight:
             y1, *_ = kernels.layer_norm.forward(z1, p.norm1_weight, p.norm1_bias, settings.eps1)
-        dy1, dup, dup_bias = kernels.linear_gelu.backward(
-            dact, _cast(y1, product), p.up_weight, pre, settings.approximate, [True, needs.up_weight, needs.up_bias]
-        )
-        del dact, y1, dprojected
+        arguments = (dact, _cast(y1, product), p.up_weight, pre, settings.approximate)
+        mask, ddown = [True, needs.up_weight, needs.up_bias], None
+        if needs.down_weight:
+            act, dy1, dup, dup_bias = kernels.linear_gelu.backward_with_output(*arguments, mask)
+            ddown = dprojected.T @ act
+            del act
+        else:
+            dy1, dup, dup_bias = kernels.linear_gelu.backward(*arguments, mask)
+        del dact, y1, dprojected, arguments
         dx, dprojected, *grads1 = kernels.fused1.backward(
             _cast(dy1, hidden), dresidual, z1, p.norm1_weight, mean1, rstd1, settings.p1, seed1,
             [needs.out_bias, needs.norm1_weight, needs.norm1_bias],

@@ -1,5 +1,7 @@
 """gelu(x Wᵀ + b): sizes, both forms, autocast, and what it keeps for the backward."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -225,3 +227,22 @@ def test_arguments(change, error, message):
     arguments = {"x": torch.zeros(2, 8), "weight": torch.zeros(6, 8), "bias": torch.zeros(6)} | change
     with pytest.raises(error, match=message):
         ops.linear_gelu(**arguments)
+
+
+@implementations
+@pytest.mark.parametrize("dtype", problems.DTYPES, ids=str)
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+def test_a_backward_that_gives_the_output_too(impl, approximate, dtype):
+    """Bit for bit the forward's GELU of h and the gradients of the backward by itself, whatever is wanted of them."""
+    module = select.load("linear_gelu", impl)
+    elementwise = select.load("bias_gelu", impl if impl in ("torch", "reference") else "triton")
+    for rows, features in ((5, 7), (33, 1030), (0, 9)):
+        hidden, dy = (torch.randn(rows, features).to(dtype) for _ in range(2))
+        x, weight = torch.randn(rows, 16).to(dtype), torch.randn(features, 16).to(dtype)
+        y = elementwise.forward(hidden, None, approximate)
+        for mask, given in itertools.product(itertools.product([False, True], repeat=3), (dy, dy.t().contiguous().t())):
+            expected = module.backward(given, x, weight, hidden, approximate, list(mask))
+            found = module.backward_with_output(given.clone(), x, weight, hidden, approximate, list(mask))
+            assert torch.equal(found[0], y)
+            assert found[0].is_contiguous()
+            assert all(map(torch.equal, found[1:], expected))

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from fastbert.backends import select
 from fastbert.backends.triton_utils import capability
-from fastbert.ops.linear_gelu.gradients import backward
+from fastbert.ops.linear_gelu.gradients import backward, backward_with_output
 
-__all__ = ["backward", "faster", "forward", "rows_class"]
+__all__ = ["backward", "backward_with_output", "faster", "forward", "rows_class"]
 
 MEASURED = Path(__file__).with_suffix(".toml")
 ROUTES = ("persistent", "triton", "cublas_triton")

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from fastbert.backends import select
 from fastbert.backends.triton_utils import rows_of
-from fastbert.ops.linear_gelu.gradients import backward
+from fastbert.ops.linear_gelu.gradients import backward, backward_with_output
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "backward_with_output", "forward"]
 
 
 def forward(

@@ -20,9 +20,24 @@ def backward(
     needs_dx, needs_dweight, needs_dbias = output_mask
     gelu_backward = select.load("bias_gelu", "triton").backward
     dhidden, dbias = gelu_backward(dy, hidden, None, approximate, [needs_dx or needs_dweight, needs_dbias])
+    return *_products(dhidden, x, weight, output_mask), dbias
+
+
+def backward_with_output(
+    dy: Tensor, x: Tensor, weight: Tensor, hidden: Tensor, approximate: str, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    """(gelu(h) ``[..., I]``, and what ``backward`` gives), by one pass over h; dy may be overwritten."""
+    needs_dx, needs_dweight, needs_dbias = output_mask
+    gelu_backward = select.load("bias_gelu", "triton").backward_with_output
+    y, dhidden, dbias = gelu_backward(dy, hidden, approximate, [needs_dx or needs_dweight, needs_dbias])
+    return y, *_products(dhidden, x, weight, output_mask), dbias
+
+
+def _products(dhidden: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]) -> tuple[Tensor, Tensor]:
+    """(dx, dweight) of dh."""
+    needs_dx, needs_dweight, _ = output_mask
     rows = dhidden.view(-1, weight.shape[0])
     return (
         torch.mm(rows, weight).view(x.shape) if needs_dx else x.new_empty(0),
         torch.mm(rows.T, rows_of(x)) if needs_dweight else x.new_empty(0),
-        dbias,
     )

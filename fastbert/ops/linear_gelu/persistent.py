@@ -36,9 +36,9 @@ from fastbert.backends.triton_utils import (
     multiprocessors,
     rows_of,
 )
-from fastbert.ops.linear_gelu.gradients import backward
+from fastbert.ops.linear_gelu.gradients import backward, backward_with_output
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "backward_with_output", "forward"]
 
 
 # What TMA's addresses and strides are multiples of, in bytes.

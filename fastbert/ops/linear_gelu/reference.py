@@ -49,3 +49,11 @@ def backward(
         gradient.to(x.dtype).contiguous() if wanted else x.new_empty(0)
         for gradient, wanted in zip(gradients, output_mask, strict=True)
     )
+
+
+def backward_with_output(
+    dy: Tensor, x: Tensor, weight: Tensor, hidden: Tensor, approximate: str, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    """(gelu(h) ``[..., I]``, and what ``backward`` gives)."""
+    y = formulas.gelu(hidden.to(formulas.compute_dtype(x.dtype)), approximate).to(x.dtype)
+    return y, *backward(dy, x, weight, hidden, approximate, output_mask)

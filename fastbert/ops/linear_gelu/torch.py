@@ -27,3 +27,10 @@ def backward(
         dhidden.T @ x.reshape(-1, x.shape[-1]) if output_mask[1] else x.new_empty(0),
         dhidden.sum(0) if output_mask[2] else x.new_empty(0),
     )
+
+
+def backward_with_output(
+    dy: Tensor, x: Tensor, weight: Tensor, hidden: Tensor, approximate: str, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    """(gelu(h) ``[..., I]``, and what ``backward`` gives)."""
+    return F.gelu(hidden, approximate=approximate), *backward(dy, x, weight, hidden, approximate, output_mask)

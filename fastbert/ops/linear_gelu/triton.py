@@ -25,9 +25,9 @@ from torch import Tensor
 from fastbert.backends import launch
 from fastbert.backends.launcher import Launcher
 from fastbert.backends.triton_utils import ceil_div, dot, dot_precision, gelu, jit, rows_of
-from fastbert.ops.linear_gelu.gradients import backward
+from fastbert.ops.linear_gelu.gradients import backward, backward_with_output
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "backward_with_output", "forward"]
 
 
 # With fewer large blocks than this, multiprocessors would idle: GPUs have 100 to 150 of them.

@@ -116,14 +116,11 @@ class BertModel(_FromSafetensors, hf.BertModel):
         attention_mask = inputs.broadcast_2d(attention_mask, embedded)
         if all(kwargs.get(name) is None for name in (upstream.CACHE, upstream.OLD_CACHE)):
             inputs.check(self.config, input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds)
-        others = (read, tokens, position_ids, inputs_embeds)
-        if model_inference.has_plan(self) and not sequences and all(one is None for one in others):
-            known = None
-            if self._asks_for_the_last_states(attention_mask, kwargs):
-                known = model_inference.forward(self, input_ids, attention_mask, token_type_ids)
-            if known is not None:
-                self.route = PACKED
-                return self._in_form(self._outputs(*known), kwargs.get("return_dict"))
+        others = (sequences or None, read, tokens, position_ids, inputs_embeds)
+        known = self._known(input_ids, attention_mask, token_type_ids, others, kwargs)
+        if known is not None:
+            self.route = PACKED
+            return self._in_form(self._outputs(*known), kwargs.get("return_dict"))
         packed, reason = None, self._padded_reason(attention_mask, kwargs)
         if reason is None:
             assert embedded is not None
@@ -257,11 +254,23 @@ class BertModel(_FromSafetensors, hf.BertModel):
             return None, "the head or the pooler uses the states of padded positions"
         return packed, None
 
-    def _asks_for_the_last_states(self, mask: Tensor | None, kwargs: dict[str, Any]) -> bool:
-        """Whether configuration and arguments ask for the packed way, and for no other states than the last."""
-        if _configured_padded_reason(self) or self._given_padded_reason(mask, kwargs):
-            return False
-        return not (kwargs.get("output_hidden_states") or self.config.output_hidden_states)
+    def _known(
+        self,
+        input_ids: Tensor | None,
+        mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        others: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Tensor, packing.Packing] | None:
+        """The last states ``[T, H]`` by ``model_inference``; None where it can't, or more than these is asked for."""
+        if torch.compiler.is_compiling() or not model_inference.has_plan(self):
+            return None
+        if any(one is not None for one in others) or self._given_padded_reason(mask, kwargs):
+            return None
+        asked_for_all = kwargs.get("output_hidden_states") or self.config.output_hidden_states
+        if asked_for_all or _configured_padded_reason(self):
+            return None
+        return model_inference.forward(self, input_ids, mask, token_type_ids)
 
     def _padded_reason(self, mask: Tensor | None, kwargs: dict[str, Any]) -> str | None:
         """Why a batch must stay padded whatever its padding is, in one sentence; None when it can be packed."""

@@ -52,20 +52,21 @@ def has_plan(model: Any) -> bool:
 def forward(
     model: Any, input_ids: Tensor | None, mask: Tensor | None, token_type_ids: Tensor | None
 ) -> tuple[Tensor, packing.Packing] | None:
-    """The last states ``[T, H]`` of a model that has a plan, with their packing; None where it must be run as usual.
+    """The last states ``[T, H]`` with their packing; None where the model must be run as usual.
 
     All ids and the mask are ``[B, S]``; the arguments have been checked.
     """
-    plan: Plan = model._inference
-    if input_ids is None or not _serves(plan, input_ids, mask, token_type_ids):
+    # Another thread may drop it at any time.
+    plan: Plan | None = model.__dict__.get("_inference")
+    if type(plan) is not Plan or input_ids is None or not _serves(plan, input_ids, mask, token_type_ids):
         return None
     if not plan.same_facts():
-        del model._inference
+        model.__dict__.pop("_inference", None)
         return None
     with torch.cuda.device_of(input_ids):
         found = _run(plan, model.pooler is not None, input_ids, mask, token_type_ids)
     if found is not None and not plan.holds(model):
-        del model._inference
+        model.__dict__.pop("_inference", None)
         return None
     return found
 

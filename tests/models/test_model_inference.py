@@ -360,3 +360,30 @@ def test_what_is_known_of_the_encoder_alone_is_enough_for_it(monkeypatch):
     assert torch.equal(outputs(model).last_hidden_state, first.last_hidden_state)
     monkeypatch.setattr(encoder_inference, "unserved", lambda x: "the layers are called")
     assert torch.equal(outputs(model).last_hidden_state, first.last_hidden_state)
+
+
+def test_a_traced_model_knows_nothing(known):
+    model = make()
+    first = outputs(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(outputs(compiled).last_hidden_state, first.last_hidden_state, atol=1e-5)
+    assert known == []
+    outputs(model)
+    assert known == ["kept"]
+
+
+def test_two_threads_drop_a_plan_at_once(known, monkeypatch):
+    """The second finds none to drop."""
+    model = make()
+    expected = outputs(model).pooler_output
+    model.pooler.register_forward_hook(lambda *args: None)
+    run = model_inference._run
+
+    def interrupted(*args):
+        found = run(*args)
+        model.__dict__.pop("_inference", None)
+        return found
+
+    monkeypatch.setattr(model_inference, "_run", interrupted)
+    assert torch.equal(outputs(model).pooler_output, expected)
+    assert model.route == "packed"

@@ -6,6 +6,8 @@ mistyped option answer at once.
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +23,7 @@ from fastbert.cli.arguments import (
     ModelOption,
     ThreadsOption,
     at_least,
+    not_negative,
     pick,
 )
 from fastbert.cli.errors import Refusal, reported
@@ -48,7 +51,9 @@ def _main(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    # What stdout can't encode, such as a path that isn't UTF-8, is printed in escapes, as on stderr.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 @app.command("compare")
@@ -218,7 +223,10 @@ def _bench_run(
         ),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option(help="With --compare: the part by which two runs of the same code may differ.")
+        float,
+        typer.Option(
+            callback=not_negative, help="With --compare: the part by which two runs of the same code may differ."
+        ),
     ] = 0.05,
 ) -> None:
     """Measure fastbert against its peers on this machine: first the numbers, then the time.

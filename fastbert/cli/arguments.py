@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -16,15 +17,35 @@ if TYPE_CHECKING:
 _Kind = TypeVar("_Kind", bound="DataclassInstance")
 
 
-def at_least(minimum: int) -> Callable[[int | None], int | None]:
+# What a 32-bit whole number holds: some libraries take no larger ones, and nothing here is counted so far.
+_LARGEST = (1 << 31) - 1
+
+
+def at_least(minimum: int, largest: int = _LARGEST) -> Callable[[int | None], int | None]:
     """A check of an option that says its value too, which typer's own doesn't."""
 
     def check(value: int | None) -> int | None:
         if value is not None and value < minimum:
             raise typer.BadParameter(f"{value} is too small; it may be {minimum} or more")
+        if value is not None and value > largest:
+            raise typer.BadParameter(f"{value} is too large; it may be {largest} or less")
         return value
 
     return check
+
+
+def positive(value: float) -> float:
+    """A check of an option: finite, and more than 0."""
+    if not 0 < value < math.inf:
+        raise typer.BadParameter(f"{value} is out of range; it must be a finite number above 0")
+    return value
+
+
+def not_negative(value: float) -> float:
+    """A check of an option: finite, and no less than 0."""
+    if not 0 <= value < math.inf:
+        raise typer.BadParameter(f"{value} is out of range; it may be 0 or a finite number above it")
+    return value
 
 
 def pick(kind: type[_Kind], given: dict[str, Any], **more: Any) -> _Kind:
@@ -54,7 +75,9 @@ MaxLengthOption = Annotated[
     ),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option(callback=at_least(1), help="CPU threads. Default: torch's choice.", show_default=False)
+    int | None,
+    # Systems let a process have some thousands of threads, and OpenMP ends it where it gets none.
+    typer.Option(callback=at_least(1, 1024), help="CPU threads. Default: torch's choice.", show_default=False),
 ]
 AllowPickleOption = Annotated[
     bool,

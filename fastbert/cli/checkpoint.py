@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from fastbert.cli import configuration, json_files
 from fastbert.cli.errors import Refusal, first_line
+from fastbert.training.files import is_utf_8
 
 _Model = TypeVar("_Model", bound=modeling_bert.BertModel)
 _Head = TypeVar("_Head", bound=transformers.PreTrainedModel)
@@ -29,7 +30,9 @@ _DEFAULT_NAME = "all-MiniLM-L6-v2"
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "spiece.model")
-_TOKENIZER = (*_VOCABULARIES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+_ADDED_TOKENS = "added_tokens.json"
+_TOKENIZER_OBJECTS = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", _ADDED_TOKENS)
+_TOKENIZER = (*_VOCABULARIES, *_TOKENIZER_OBJECTS[1:])
 # What is fetched of a hub repository: first what tells whether it can be served at all, then the weights.
 _DESCRIPTION = ("config.json", *_TOKENIZER, "modules.json", "sentence_bert_config.json", "*_Pooling/config.json")
 _SAFETENSORS_SHARDS = "model-*-of-*.safetensors"
@@ -134,6 +137,7 @@ def _load(
     With ``lax``, weights that don't begin with it may have another shape; they count as lacking then.
     """
     load: Callable[..., tuple[Any, dict[str, Any]]] = kind.from_pretrained
+    _check_index(checkpoint)
     try:
         _check_size(checkpoint, config)
         model, report = load(
@@ -166,6 +170,20 @@ def _load(
                 f"and the configuration says {tuple(expected)}"
             )
     return model, sorted({*report["missing_keys"], *(key for key, *_ in mismatched)})
+
+
+def _check_index(checkpoint: Checkpoint) -> None:
+    """Refuse a damaged list of the files that the weights are in, where there are several."""
+    whole, index = _PICKLES if checkpoint.is_pickle else _SAFETENSORS
+    path = checkpoint.folder / index
+    if (checkpoint.folder / whole).is_file() or not path.exists():
+        return
+    name = f"the {index} of {checkpoint.name}"
+    found = json_files.read_object(path, name)
+    json_files.check(found, {"metadata": json_files.OBJECT, "weight_map": {"*": json_files.TEXT}}, name)
+    for file in sorted(set(found["weight_map"].values())):
+        if file not in (part.name for part in _weights(checkpoint)):
+            raise Refusal(f"{name} names the file {file!r}, which isn't there")
 
 
 def _check_size(checkpoint: Checkpoint, config: transformers.BertConfig) -> None:
@@ -204,6 +222,12 @@ def tokenizer_in(folder: Path, name: str) -> transformers.PreTrainedTokenizerBas
     Raises:
         Refusal: it can't be used.
     """
+    told = f"the tokenizer of {name} can't be used"
+    for file in _TOKENIZER_OBJECTS:
+        if (folder / file).exists():
+            found = json_files.read_object(folder / file, f"{told}: {file}")
+            if file == _ADDED_TOKENS:
+                json_files.check(found, {"*": json_files.FINITE}, f"{told}: {file}")
     try:
         tokenizer: transformers.PreTrainedTokenizerBase = transformers.AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
@@ -211,7 +235,7 @@ def tokenizer_in(folder: Path, name: str) -> transformers.PreTrainedTokenizerBas
         # No vocabulary has a word this long, so one that lacks the unknown token shows it now.
         tokenizer("x" * _LONGER_THAN_A_WORD, verbose=False)
     except Exception as error:  # tokenizers raises plain Exception for a damaged file
-        raise Refusal(f"the tokenizer of {name} can't be used: {first_line(error)}") from error
+        raise Refusal(f"{told}: {first_line(error)}") from error
     return tokenizer
 
 
@@ -265,8 +289,10 @@ def _locate(model: str | None) -> tuple[str, Path, bool]:
     if model is None:
         return _DEFAULT_NAME, _default_folder(), False
     folder = Path(model).expanduser()
+    if folder.is_dir() and not is_utf_8(folder):
+        raise Refusal(f"--model {model} has a name that isn't UTF-8, which the weights can't be read under")
     if folder.is_dir():
-        return folder.resolve().name, folder, False
+        return folder.resolve().name or model, folder, False
     if folder.exists():
         raise Refusal(f"--model {model} is a file; it must be a checkpoint's folder, or a hub name")
     if model.startswith((".", "/", "~")) or model.count("/") > 1:

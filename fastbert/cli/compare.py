@@ -93,6 +93,10 @@ def run(options: Options) -> bool:
     """
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise Refusal(f"--json {options.json}: the folder {options.json.parent} doesn't exist")
+    if options.json is not None and options.json.is_dir():
+        raise Refusal(f"--json {options.json} is a folder; it must be a file")
+    if options.json is not None and options.texts is not None and _same(options.json, options.texts):
+        raise Refusal(f"--json {options.json} is the file of the texts itself")
     device = machine.choose_device(options.device, options.threads)
     dtype: torch.dtype = getattr(torch, options.dtype)
     source = str(options.texts) if options.texts else "docstrings of the Python standard library"
@@ -129,6 +133,10 @@ def run(options: Options) -> bool:
         except OSError as error:
             raise Refusal(f"--json {options.json} can't be written: {reason(error)}") from None
     return agreement.passed
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)
 
 
 def _time(

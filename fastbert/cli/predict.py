@@ -93,7 +93,9 @@ def _task(found: checkpoint.Checkpoint) -> tuple[Kind, int | None]:
 def _write(path: Path, predictions: list[dict[str, Any]]) -> None:
     partial = path.with_name(f"{path.name}.new")
     try:
-        partial.write_text(f"{json.dumps(predictions, indent=1, ensure_ascii=False)}\n", "utf-8")
+        # A label may hold half a character, which JSON escapes just so.
+        text = f"{json.dumps(predictions, indent=1, ensure_ascii=False)}\n"
+        partial.write_text(text, "utf-8", errors="backslashreplace")
         os.replace(partial, path)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -17,7 +17,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 
 import fastbert
 from fastbert.cli import checkpoint, configuration, json_files, machine
-from fastbert.cli.errors import Refusal
+from fastbert.cli.errors import Refusal, first_line
 from fastbert.cli.options import Device
 from fastbert.models.bert import IGNORED_LABEL
 from fastbert.training import batches, card, corpus, pretraining, run, vocabulary
@@ -196,7 +196,11 @@ def _model(
                 f"--config {options.config} describes a BERT of {needed / 1e9:,.1f} GB, and this machine has "
                 f"{memory / 1e9:,.1f} GB of memory"
             )
-        model = head(config)
+        try:
+            model = head(config)
+        except (RuntimeError, ValueError, ImportError, AttributeError, KeyError, TypeError) as error:
+            # What transformers takes from a configuration besides a BERT's own values.
+            raise Refusal(f"--config {options.config} makes no model: {first_line(error)}") from error
     if isinstance(model, fastbert.BertForPreTraining | fastbert.BertForMaskedLM):
         model.sparse_prediction = True
     return model

@@ -199,8 +199,10 @@ class PartialRows:
         try:
             recorded = json.loads(self._progress.read_text("utf-8"))
             sound = recorded.pop("crc32") == _crc32(recorded)
-            done, identity = int(recorded["rows_done"]), recorded["identity"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            done, offset, identity = recorded["rows_done"], recorded["offset"], recorded["identity"]
+            numbers = [done, offset, recorded["rows_crc32"], *recorded["rows_ahead"]]
+            sound = sound and isinstance(identity, dict) and all(type(n) is int and 0 <= n < 1 << 63 for n in numbers)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             sound = False
         if not sound:
             raise Refusal(f"{self._progress} is damaged; --restart begins again")
@@ -211,8 +213,10 @@ class PartialRows:
                 f"{self.path} is of a run with another {told}; the same command as then goes on with it, "
                 "and --restart begins again"
             )
+        if max([done, *(number + 1 for number in recorded["rows_ahead"])]) > self._rows:
+            raise Refusal(f"{self._progress} is damaged; --restart begins again")
         ahead = {number: self._row(number) for number in recorded["rows_ahead"]}
-        found = _Done(done, recorded["offset"], self._crc32_of_first(done), ahead)
+        found = _Done(done, offset, self._crc32_of_first(done), ahead)
         if found.crc32_with_ahead() != recorded["rows_crc32"]:
             raise Refusal(f"{self.path} is damaged: it has other rows than were written; --restart begins again")
         self._done = found

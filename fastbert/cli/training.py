@@ -17,7 +17,9 @@ from fastbert.cli.arguments import (
     ModelOption,
     ThreadsOption,
     at_least,
+    not_negative,
     pick,
+    positive,
 )
 from fastbert.cli.errors import INTERRUPTED, Refusal, reported
 from fastbert.cli.options import Device, Dtype, Scheduler
@@ -25,15 +27,9 @@ from fastbert.training.errors import install
 from fastbert.training.kinds import Kind, Objective
 
 
-def _positive(value: float) -> float:
-    if not value > 0:
-        raise typer.BadParameter(f"{value} is too small; it must be more than 0")
-    return value
-
-
-def _not_negative(value: float) -> float:
-    if not value >= 0:
-        raise typer.BadParameter(f"{value} is too small; it may be 0 or more")
+def _part(value: float) -> float:
+    if not 0 <= value < 1:
+        raise typer.BadParameter(f"{value} is no part of a whole; it may be 0, or more and less than 1")
     return value
 
 
@@ -44,14 +40,14 @@ def _ratio_or_none(value: float | None) -> float | None:
 
 
 _Output = Annotated[Path, typer.Option(help="Folder for the checkpoint, its card, the log and the plot.")]
-_LearningRate = Annotated[float, typer.Option(callback=_positive, help="Peak learning rate of AdamW.")]
+_LearningRate = Annotated[float, typer.Option(callback=positive, help="Peak learning rate of AdamW.")]
 _Scheduler = Annotated[Scheduler, typer.Option(help="How the learning rate goes on after the warm-up.")]
 _WarmupSteps = Annotated[
-    float, typer.Option(callback=_not_negative, help="Steps in which it rises; below 1, the part of all steps.")
+    float, typer.Option(callback=not_negative, help="Steps in which it rises; below 1, the part of all steps.")
 ]
-_WeightDecay = Annotated[float, typer.Option(callback=_not_negative, help="Weight decay of AdamW.")]
+_WeightDecay = Annotated[float, typer.Option(callback=not_negative, help="Weight decay of AdamW.")]
 _MaxGradNorm = Annotated[
-    float, typer.Option(callback=_not_negative, help="Length to which a longer gradient is clipped; 0 never clips.")
+    float, typer.Option(callback=not_negative, help="Length to which a longer gradient is clipped; 0 never clips.")
 ]
 _Accumulation = Annotated[
     int, typer.Option(callback=at_least(1), help="Batches whose gradients make one step of the optimizer.")
@@ -61,7 +57,10 @@ _Checkpointing = Annotated[
 ]
 _Bf16 = Annotated[bool, typer.Option("--bf16", help="Mixed precision: products in bfloat16.")]
 _Fp16 = Annotated[bool, typer.Option("--fp16", help="Mixed precision: products in float16, on a GPU.")]
-_Seed = Annotated[int, typer.Option(callback=at_least(0), help="Of the weights, the order, the masks and dropout.")]
+# numpy takes no larger ones.
+_Seed = Annotated[
+    int, typer.Option(callback=at_least(0, (1 << 32) - 1), help="Of the weights, the order, the masks and dropout.")
+]
 _LoggingSteps = Annotated[int, typer.Option(callback=at_least(1), help="Steps from one log entry to the next.")]
 _EvalSteps = Annotated[
     int | None,
@@ -151,7 +150,10 @@ def pretrain(
     bf16: _Bf16 = False,
     fp16: _Fp16 = False,
     eval_fraction: Annotated[
-        float, typer.Option(help="Part of the documents that is held out, to evaluate on; 0 evaluates on nothing.")
+        float,
+        typer.Option(
+            callback=_part, help="Part of the documents that is held out, to evaluate on; 0 evaluates on nothing."
+        ),
     ] = 0.05,
     seed: _Seed = 42,
     logging_steps: _LoggingSteps = 10,
@@ -200,7 +202,7 @@ def finetune(
             show_default=False,
         ),
     ] = None,
-    epochs: Annotated[float, typer.Option(callback=_positive, help="Times that each example is seen.")] = 3.0,
+    epochs: Annotated[float, typer.Option(callback=positive, help="Times that each example is seen.")] = 3.0,
     batch_size: Annotated[int, typer.Option(callback=at_least(1), help="Examples in a batch of one process.")] = 32,
     freeze_encoder: Annotated[
         bool, typer.Option("--freeze-encoder", help="Train the head alone, on the encoder as it is.")

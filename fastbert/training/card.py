@@ -52,7 +52,8 @@ def write(
         _table("Settings", "", {name: value for name, value in settings.items() if value is not None}),
         f"Made with fastbert {__version__}; plain transformers loads it.\n",
     ]
-    (folder / "README.md").write_text("\n".join(part for part in page if part), "utf-8")
+    # A path that isn't UTF-8 can't be written as it is.
+    (folder / "README.md").write_text("\n".join(part for part in page if part), "utf-8", errors="backslashreplace")
 
 
 def _table(name: str, where: str, rows: Mapping[str, Any]) -> str:

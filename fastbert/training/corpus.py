@@ -66,8 +66,8 @@ def _folder(folder: Path) -> list[Document]:
         if "text" not in dataset.column_names:
             raise DataError(f"{folder} has no column 'text'; it has {', '.join(dataset.column_names)}")
         return [
-            _of_paragraphs(files.text(text, "text", f"{folder}, row {number}"))
-            for number, text in enumerate(dataset["text"])
+            _of_paragraphs(files.text(row.values["text"], "text", row.place))
+            for row in files.saved_rows(dataset.select_columns(["text"]), folder)
         ]
     paths = sorted(folder.rglob("*.txt"))
     if not paths:

@@ -21,6 +21,15 @@ class Row(NamedTuple):
     place: str
 
 
+def is_utf_8(path: Path) -> bool:
+    """Whether a path is text. On Linux it may be any bytes, which Python shows as halves of characters."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def lines(path: Path) -> list[str]:
     r"""The lines of a UTF-8 file, without their ends (\n or \r\n) and without a byte order mark.
 
@@ -60,12 +69,29 @@ def saved_dataset(folder: Path, split: str) -> Any | None:
     try:
         loaded = datasets.load_from_disk(str(folder))
     except Exception as error:  # datasets raises what it comes upon in a damaged folder
-        raise DataError(f"{folder} can't be read as a saved dataset: {error}") from error
+        told = " ".join(str(error).split())
+        raise DataError(f"{folder} can't be read as a saved dataset: {told}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
             raise DataError(f"{folder} has no split {split!r}; it has {', '.join(map(repr, loaded))}")
         return loaded[split]
     return loaded
+
+
+def saved_rows(dataset: Any, folder: Path) -> Iterator[Row]:
+    """The rows of a saved dataset.
+
+    Raises:
+        DataError: one is damaged.
+    """
+    found = iter(dataset)
+    for number in range(len(dataset)):
+        place = f"{folder}, row {number}"
+        try:
+            values = next(found)
+        except (ValueError, LookupError, OSError) as error:
+            raise DataError(f"{place} can't be read: {error}") from None
+        yield Row(values, place)
 
 
 def rows(path: Path, columns: Sequence[str]) -> Iterator[Row]:

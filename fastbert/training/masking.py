@@ -34,6 +34,10 @@ class Masking:
         self._goes_on[[index for piece, index in vocabulary.items() if piece.startswith("##")]] = True
         self._ordinary = np.flatnonzero(~self._special)
 
+    def has_ordinary(self, ids: Ids) -> bool:
+        """Whether one of ``ids`` may be chosen."""
+        return not self._special[ids].all()
+
     def choose(self, ids: Ids, generator: np.random.Generator) -> npt.NDArray[np.int64]:
         """The places of ``ids`` ``[S]`` that are chosen, in order."""
         candidates = np.flatnonzero(~self._special[ids])

@@ -101,6 +101,8 @@ class Examples(Keyed):
             )
         if not self.chunks:
             raise DataError("the corpus has no sentence of a token or more")
+        if not any(masking.has_ordinary(ids) for _, run in self.chunks for ids in run):
+            raise DataError("the corpus has no token to mask: the vocabulary knows none of its words")
         specials = max_length - self.room
         self.lengths = [min(sum(map(len, run)), self.room) + specials for _, run in self.chunks]
 

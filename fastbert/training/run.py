@@ -30,6 +30,7 @@ from fastbert.models import upstream
 from fastbert.training import resume
 from fastbert.training.batches import Batches, Collator, Keyed
 from fastbert.training.errors import DataError
+from fastbert.training.files import is_utf_8
 from fastbert.training.resume import SETTINGS
 from fastbert.training.trainer import LOG, PLOT, Journal, Trainer, is_curve
 
@@ -93,6 +94,8 @@ def opened(settings: Settings, about: dict[str, Any]) -> Iterator[Path | None]:
     output = settings.output
     if output.exists() and not output.is_dir():
         raise DataError(f"--output {output} is a file; it must be a folder")
+    if not is_utf_8(output.absolute()):
+        raise DataError(f"--output {output} has a name that isn't UTF-8, which the tokenizer can't be saved under")
     # Through JSON, so that what is compared is what was written.
     decisive = {**about, **_decisive(settings), "processes": PartialState().num_processes}
     wanted = json.loads(json.dumps(decisive, default=str))
@@ -179,7 +182,7 @@ def train(
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=preprocess_logits,
-        callbacks=[Journal()],
+        callbacks=[Journal(settings.save_total_limit)],
     )
     trainer.remove_callback(PrinterCallback)
     if settings.early_stopping_patience is not None:
@@ -250,7 +253,7 @@ def _clear(output: Path) -> None:
     """Take an earlier run's own files out of its folder."""
     if (output / SETTINGS).exists():
         for path in (
-            *output.glob("checkpoint-*"),
+            *resume.checkpoints(output),
             *(output / name for name in (SETTINGS, LOG, PLOT, "tokenizer.json")),
         ):
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -284,7 +287,6 @@ def _arguments(settings: Settings, best: str | None, evaluates: bool) -> Trainin
         save_strategy=_strategy(save_steps),
         # Not looked at where it is by the epoch.
         save_steps=save_steps or 1,
-        save_total_limit=settings.save_total_limit,
         load_best_model_at_end=best is not None,
         metric_for_best_model=best,
         restore_callback_states_from_checkpoint=True,

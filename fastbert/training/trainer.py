@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastbert.models.bert import IGNORED_LABEL
+from fastbert.training import resume
 from fastbert.training.batches import Batches, EpochLoader, Keyed
 
 LOG = "log.json"
@@ -93,7 +94,14 @@ class Trainer(transformers.Trainer):
 
 
 class Journal(TrainerCallback):
-    """Keeps ``log.json`` and ``training.png`` in the output folder up to date. Both go on where a run is resumed."""
+    """Keeps ``log.json`` and ``training.png`` in the output folder up to date. Both go on where a run is resumed.
+
+    Args:
+        checkpoints: how many are kept. Trainer would take folders for checkpoints that the user has put there.
+    """
+
+    def __init__(self, checkpoints: int) -> None:
+        self.checkpoints = checkpoints
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write all entries so far; and where there is no progress bar, tell the last."""
@@ -107,7 +115,11 @@ class Journal(TrainerCallback):
             print(f"step {state.global_step} of {state.max_steps}  {told}", file=sys.stderr, flush=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Draw the curves so far; the last save is followed by the end, which draws them."""
+        """Seal the checkpoint, and draw the curves so far; the last save is followed by the end, which draws them."""
+        if state.is_world_process_zero:
+            output = Path(str(args.output_dir))
+            resume.seal(output / f"checkpoint-{state.global_step}")
+            resume.thin(output, self.checkpoints, state.best_model_checkpoint)
         if not control.should_training_stop:
             self.on_train_end(args, state, control)
 

@@ -30,6 +30,9 @@ def test_help_names_every_command():
         assert command in result.stdout
 
 
+FINETUNE = ("finetune", "--task", "ner", "--train", "x", "--output", "x")
+
+
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
@@ -40,6 +43,14 @@ def test_help_names_every_command():
         (["embed", "--out", "x.npy"], ["--texts"]),
         (["embed", "--texts", "x", "--out", "x.npy", "--pooling", "max"], ["--pooling", "max", "mean", "cls"]),
         (["embed", "--texts", "x", "--out", "x.npy", "--max-length", "1"], ["--max-length", "1 ", "2 or more"]),
+        (["compare", "--batch-size", "9" * 30], ["--batch-size", "9" * 30, "2147483647 or less"]),
+        (["compare", "--threads", "5000000"], ["--threads", "5000000 ", "1024 or less"]),
+        ([*FINETUNE, "--seed", "4294967296"], ["--seed", "4294967296 ", "4294967295 or less"]),
+        ([*FINETUNE, "--learning-rate", "inf"], ["--learning-rate", "inf ", "a finite number above 0"]),
+        ([*FINETUNE, "--weight-decay", "nan"], ["--weight-decay", "nan ", "0 or a finite number"]),
+        (["pretrain", "--output", "x", "--eval-fraction", "nan"], ["--eval-fraction", "nan ", "less than 1"]),
+        (["pretrain", "--output", "x", "--eval-fraction", "-1"], ["--eval-fraction", "-1.0 ", "less than 1"]),
+        (["bench", "--compare", "x", "x", "--tolerance", "nan"], ["--tolerance", "nan ", "0 or a finite number"]),
     ],
 )
 def test_a_wrong_option_is_named_with_its_value_and_what_it_may_be(arguments, named):
@@ -48,6 +59,15 @@ def test_a_wrong_option_is_named_with_its_value_and_what_it_may_be(arguments, na
     assert result.stdout == ""
     for word in named:
         assert word in result.stderr
+
+
+def test_a_path_that_is_not_utf_8_is_printed_in_escapes(checkpoint, tmp_path):
+    lines = tiny.write(tmp_path / "texts.txt", ["the sum"])
+    out = tmp_path / "\udcff.npy"
+    result = tiny.run("embed", "--model", checkpoint, "--texts", lines, "--out", out, "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    assert "\\udcff.npy: 1 rows of 32" in result.stdout
+    assert out.exists()
 
 
 def test_brackets_are_printed_as_they_are(capsys):
@@ -75,14 +95,17 @@ def test_brackets_are_printed_as_they_are(capsys):
         ["pretrain", "--corpus", "LONG", "--output", "out"],
         ["pretrain", "--corpus", "texts.txt", "--config", "LONG", "--output", "out", "--eval-fraction", "0"],
         ["bench", "--compare", "LONG", "LONG"],
+        ["finetune", "--task", "ner", "--train", "tags.conll", "--output", "loop"],
     ],
 )
 def test_a_path_that_can_not_be_is_told_in_one_line(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tiny.write(tmp_path / "texts.txt", ["the sum", "of the row"])
     tiny.write(tmp_path / "tags.conll", ["the O", "kernel B-TOOL"])
+    (tmp_path / "loop").symlink_to("loop")
     told = tiny.refusal(*(word.replace("LONG", "x" * 300) for word in arguments))
-    assert any(words in told for words in ("File name too long", "Not a directory", "doesn't exist"))
+    problems = ("File name too long", "Not a directory", "doesn't exist", "File exists")
+    assert any(words in told for words in problems)
     assert not (tmp_path / "out").exists()
 
 

@@ -14,6 +14,7 @@ from fastbert.cli.bench import compare, figures, report, results
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
+MISSING = object()
 
 
 def row(contestant="fastbert", median=10.0, spread=0.02, rounds=25, work="inference", **changes):
@@ -43,6 +44,11 @@ def data(*rows, name="some-processor-2-threads", **environment):
 
 def theirs(median=20.0, **changes):
     return row("huggingface sdpa", median, fastbert_is_faster_by=median / 10.0, **changes)
+
+
+def absent():
+    facts = ("work", "model", "batch", "dtype", "dropout_p")
+    return {"contestant": "liger", "reason": "no GPU", **{name: row()[name] for name in facts}}
 
 
 def write(folder, *datas):
@@ -190,6 +196,101 @@ class TestCompare:
         if text is not None:
             bad.write_text(text)
         assert str(bad) in tiny.refusal("bench", "--compare", good, bad)
+
+
+# Of a file with results, what is changed and what is told of it.
+DAMAGE = [
+    ("environment", True, "environment is True; it must be an object"),
+    ("environment.versions.torch", [], "environment.versions.torch is []; it must be a text or null"),
+    ("rows", {}, "rows is {}; it must be a list"),
+    ("rows.0", 5, "rows[0]: the whole is 5; it must be an object"),
+    ("rows.0.batch", [], "rows[0]: batch is []; it must be a text"),
+    ("rows.0.dtype", "float8", "rows[0]: dtype is 'float8'; it must be one of float32, bfloat16, float16"),
+    ("rows.0.milliseconds.median", 0, "rows[0]: milliseconds.median is 0; it must be a finite number above 0"),
+    ("rows.0.milliseconds.rounds", None, "rows[0]: milliseconds.rounds is None; it must be a finite number above 0"),
+    ("rows.0.padding_ratio", 10**400, "rows[0]: padding_ratio is 1000"),
+    ("rows.0.error", "x", "rows[0]: error is 'x'; it must be a number"),
+    ("rows.0.work", "\ud800", "rows[0]: work is '\\ud800'; it must be a text"),
+    ("rows.2.milliseconds", {"median": "x"}, "rows[2]: sequences is missing; it must be a finite number"),
+    ("rows.2.allowed", 1.0, "rows[2]: what is missing; it must be a text"),
+    ("rows.0.memory", [], "rows[0]: memory is []; it must be an object"),
+    ("rows.0.share_of_floor", MISSING, "rows[0]: share_of_floor is missing; it must be a finite number or null"),
+    ("ceilings.0.bytes", 0, "ceilings[0].bytes is 0; it must be a finite number above 0"),
+]
+
+
+def change(path, place, value):
+    """Set what stands at a place of a JSON file, such as "rows.0.batch"."""
+    whole = json.loads(path.read_text("utf-8"))
+    *outer, last = (int(name) if name.isdigit() else name for name in place.split("."))
+    found = whole
+    for name in outer:
+        found = found[name]
+    if value is MISSING:
+        del found[last]
+    else:
+        found[last] = value
+    path.write_text(json.dumps(whole), "utf-8")
+
+
+class TestDamagedResults:
+    @pytest.mark.parametrize(("place", "value", "told"), DAMAGE)
+    def test_compare(self, tmp_path, place, value, told):
+        old, new = write(tmp_path, data(row(), theirs()), data(row(), theirs(), absent()))
+        change(new, place, value)
+        line = tiny.refusal("bench", "--compare", old, new)
+        assert line.startswith(f"fastbert: {new}")
+        assert told in line
+
+    @pytest.mark.parametrize(("place", "value", "told"), DAMAGE)
+    def test_report(self, tmp_path, place, value, told):
+        (path,) = write(tmp_path, data(row(), theirs(), absent()))
+        change(path, place, value)
+        line = tiny.refusal("bench", "report", "--results", tmp_path, "--out", tmp_path / "out")
+        assert line.startswith(f"fastbert: {path}")
+        assert told in line
+        assert not (tmp_path / "out").exists()
+
+    @pytest.mark.parametrize("text", ["{", "[]", '{"rows": "\udcff"}'])
+    def test_a_file_that_is_no_json_object(self, tmp_path, text):
+        write(tmp_path, data(row()))
+        (tmp_path / "bad.json").write_text(text, "utf-8", errors="surrogateescape")
+        line = tiny.refusal("bench", "report", "--results", tmp_path, "--out", tmp_path / "out")
+        assert f"{tmp_path / 'bad.json'} is no JSON" in line
+
+    @pytest.mark.parametrize(
+        ("name", "place", "value"),
+        [
+            ("kernels", "kernels.0.occupancy", "x"),
+            ("kernels", "extension.0.stack", MISSING),
+            ("predicted", "forwards.0.kernels.0.total", MISSING),
+            ("training", "runs.0.scores", 5),
+            ("training", "runs.0.scores.masked_loss", MISSING),
+        ],
+    )
+    def test_a_marked_table(self, tmp_path, name, place, value):
+        write(tmp_path, data(row()))
+        shutil.copy(RESULTS / f"{name}.json", tmp_path)
+        (tmp_path / "README.md").write_text(f"<!-- results: {name} -->\n<!-- end -->\n")
+        change(tmp_path / f"{name}.json", place, value)
+        line = tiny.refusal("bench", "report", "--results", tmp_path, "--out", tmp_path)
+        assert f"{name}.json" in line
+        assert place.rpartition(".")[2] in line
+
+    def test_a_document_that_is_not_utf_8(self, tmp_path):
+        write(tmp_path, data(row()))
+        (tmp_path / "README.md").write_bytes(b"\xff")
+        line = tiny.refusal("bench", "report", "--results", tmp_path, "--out", tmp_path)
+        assert f"{tmp_path / 'README.md'} is not UTF-8" in line
+
+    @pytest.mark.parametrize("made", [report.REPORT, "benchmarks/figures/0/error.svg"])
+    def test_what_was_made_before_may_be_anything(self, tmp_path, made):
+        write(tmp_path, data(row(), theirs()))
+        (tmp_path / made).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / made).write_bytes(b"\xff")
+        result = tiny.run("bench", "report", "--results", tmp_path, "--out", tmp_path, "--check")
+        assert result.exit_code == 1
+        assert f"out of date: {tmp_path / made}" in result.stdout
 
 
 class TestReport:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import os
 import pickle
 
@@ -98,6 +99,15 @@ def test_a_config_without_a_kind(refused, folder):
 def test_the_oldest_checkpoints_name_only_their_class(folder):
     _change_config(folder, model_type=None)
     assert checkpoints.find(str(folder), False).config.hidden_size == 32
+
+
+def test_a_folder_whose_name_is_not_utf_8(refused, folder):
+    told = refused(folder.rename(folder.with_name("\udcff")))
+    assert "\\udcff has a name that isn't UTF-8" in told
+
+
+def test_the_root_of_all_folders_has_a_name(refused):
+    assert "/ has no config.json" in refused("/")
 
 
 def test_a_file_instead_of_a_folder(refused, folder):
@@ -281,6 +291,11 @@ COMMANDS = {
         ({"pad_token_id": 1000}, "pad_token_id is 1000; it must be less than vocab_size, which is 69"),
         ({"dtype": "float7"}, "float7"),
         ({"id2label": 5}, "'int' object has no attribute 'items'"),
+        ({"num_labels": 10**12}, "num_labels is 1000000000000; it must be 1048576 or less"),
+        ({"text_config": []}, "it has a text_config"),
+        ({"add_cross_attention": True}, "add_cross_attention is true and is_decoder is not"),
+        ({"chunk_size_feed_forward": {}}, "chunk_size_feed_forward is {}; it must be a whole number, 0 or more"),
+        ({"base_model_tp_plan": 5}, "base_model_tp_plan is 5; it must be an object or null"),
     ],
 )
 def test_a_hostile_configuration(folder, tmp_path, monkeypatch, command, changes, told):
@@ -294,6 +309,21 @@ def test_a_hostile_configuration(folder, tmp_path, monkeypatch, command, changes
     assert line.startswith("fastbert: the config.json of spoilt isn't valid: ")
     assert told in line
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_nothing_is_logged_beside_the_refusal(folder):
+    """A second telling of the same, in a dozen lines."""
+    _change_config(folder, sub_configs=5)
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with pytest.raises(Refusal, match="sub_configs"):
+            checkpoints.find(str(folder), False)
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert records == []
 
 
 @pytest.mark.parametrize("changes", [{"num_hidden_layers": 10**6}, {"vocab_size": 10**9}, {"intermediate_size": 10**8}])
@@ -330,6 +360,45 @@ def test_shards_are_weights(folder, tmp_path):
     assert loaded
     for name, value in loaded.items():
         assert torch.equal(value, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("{", "is no JSON"),
+        ("[]", "is no JSON object"),
+        ('{"metadata": {}}', "weight_map is missing; it must be an object"),
+        ('{"weight_map": {}}', "metadata is missing; it must be an object"),
+        ('{"metadata": {}, "weight_map": {"x": []}}', "weight_map.x is []; it must be a text"),
+        ('{"metadata": {}, "weight_map": {"x": "gone"}}', "names the file 'gone', which isn't there"),
+        (
+            '{"metadata": {}, "weight_map": {"x": "../spoilt/config.json"}}',
+            "'../spoilt/config.json', which isn't there",
+        ),
+        ('{"metadata": {}, "weight_map": {"x": "\\ud800"}}', "weight_map.x is '\\ud800'; it must be a text"),
+    ],
+)
+def test_a_damaged_list_of_shards(refused, folder, content, told):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    (folder / "model.safetensors.index.json").write_text(content)
+    line = refused(folder)
+    assert "the model.safetensors.index.json of spoilt" in line
+    assert told in line
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("text", ["{", "[]", "\udcff"])
+def test_a_damaged_file_of_the_tokenizer_is_named(refused, folder, name, text):
+    (folder / name).write_text(text, "utf-8", errors="surrogateescape")
+    assert f"the tokenizer of spoilt can't be used: {name} is no JSON" in refused(folder)
+
+
+@pytest.mark.parametrize(("text", "told"), [("null", "is no JSON object"), ('{"a": "x"}', "a is 'x'; it must be a")])
+def test_damaged_added_tokens(refused, folder, text, told):
+    (folder / "added_tokens.json").write_text(text)
+    line = refused(folder)
+    assert "the tokenizer of spoilt can't be used: added_tokens.json" in line
+    assert told in line
 
 
 def test_no_tokenizer(refused, folder):

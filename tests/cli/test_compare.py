@@ -172,10 +172,23 @@ def test_json_into_a_folder_that_is_not_there(tmp_path):
     assert "doesn't exist" in told
 
 
+@pytest.mark.parametrize(
+    ("name", "told"), [("folder", "is a folder; it must be a file"), ("texts.txt", "is the file of the texts itself")]
+)
+def test_json_to_what_is_there(tmp_path, name, told):
+    """Before anything is done."""
+    (tmp_path / "folder").mkdir()
+    lines = tiny.write(tmp_path / "texts.txt", ["the sum"])
+    line = tiny.refusal("compare", "--texts", lines, "--model", "./absent", "--json", tmp_path / name)
+    assert f"--json {tmp_path / name} {told}" in line
+    assert lines.read_text() == "the sum\n"
+
+
 def test_json_that_can_not_be_written(checkpoint, tmp_path):
-    result = tiny.run("compare", "--model", checkpoint, "--limit", 4, "--repeats", 1, "--json", tmp_path)
+    (tmp_path / "loop").symlink_to("loop")
+    result = tiny.run("compare", "--model", checkpoint, "--limit", 4, "--repeats", 1, "--json", tmp_path / "loop")
     assert result.exit_code == 2
-    assert "Is a directory" in result.stderr
+    assert "Too many levels of symbolic links" in result.stderr
 
 
 @pytest.mark.parametrize(

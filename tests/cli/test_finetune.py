@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import random
+import shutil
 
 import datasets
 import pytest
@@ -382,6 +383,78 @@ def test_a_saved_dataset_that_lacks_a_text(bert, tmp_path):
     assert "saved, row 1 has no 'text'" in tiny.refusal("finetune", "--task", "classification", *given)
 
 
+def test_a_saved_dataset_of_other_columns_than_it_says(bert, tmp_path):
+    """Which is told in a dozen lines, unless they are joined."""
+    datasets.Dataset.from_dict({"text": ["one"], "label": [1]}).save_to_disk(tmp_path / "saved")
+    path = tmp_path / "saved" / "dataset_info.json"
+    path.write_text(path.read_text().replace('"label"', '"class"'))
+    given = ("--model", bert, "--train", tmp_path / "saved", "--output", tmp_path / "out")
+    assert "saved can't be read as a saved dataset" in tiny.refusal("finetune", "--task", "classification", *given)
+
+
+@pytest.mark.parametrize("command", ["finetune", "pretrain"])
+def test_a_damaged_row_of_a_saved_dataset(bert, tmp_path, command):
+    """Its file says nothing of it, and a row is decoded when it is asked for."""
+    table = {"text": ["one", "two-and-a-half", "three"], "label": [1, 2, 1]}
+    datasets.Dataset.from_dict(table).save_to_disk(tmp_path / "saved")
+    [path] = (tmp_path / "saved").glob("*.arrow")
+    path.write_bytes(path.read_bytes().replace(b"two-and-a-half", b"two\xa0and-a-half"))
+    given = {"finetune": ("--task", "classification", "--train"), "pretrain": ("--corpus",)}
+    more = (tmp_path / "saved", "--model", bert, "--output", tmp_path / "out")
+    assert f"{tmp_path / 'saved'}, row " in (told := tiny.refusal(command, *given[command], *more))
+    assert "can't be read: 'utf-8' codec can't decode byte 0xa0" in told
+
+
+@pytest.mark.parametrize("label", [-1, 2])
+def test_a_saved_dataset_with_a_label_that_has_no_name(bert, tmp_path, label):
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"text": ["one", "two"], "label": [0, label]}, features)
+    features["label"] = datasets.ClassLabel(names=["a", "b"])
+    table.info.features["label"] = features["label"]
+    table.save_to_disk(tmp_path / "saved")
+    given = ("--model", bert, "--train", tmp_path / "saved", "--output", tmp_path / "out")
+    told = tiny.refusal("finetune", "--task", "classification", *given)
+    assert f"saved, row 1 has the label {label}; it may be 0 to 1" in told
+
+
+def test_predict_looks_at_no_label(heads, tmp_path):
+    """A contest's own set has -1 for all of them."""
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"text": ["one"], "label": [-1]}, features)
+    table.info.features["label"] = datasets.ClassLabel(names=["a", "b"])
+    table.save_to_disk(tmp_path / "saved")
+    assert len(predict(heads["classification"], tmp_path / "saved", tmp_path / "out.json")) == 1
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_of_questions_that_can_not_be_read(bert, tmp_path, there):
+    path = tmp_path / "a.json"
+    if there:
+        path.write_bytes(b"\xff")
+    given = ("--model", bert, "--train", path, "--output", tmp_path / "out")
+    told = tiny.refusal("finetune", "--task", "qa", *given)
+    assert told.startswith(f"fastbert: {path} is not UTF-8" if there else f"fastbert: {path} can't be read")
+
+
+def test_a_path_that_is_not_utf_8(bert, tmp_path):
+    """The card names it, when all the work is done."""
+    train = tmp_path / "\udcff.csv"
+    train.write_text("text,label\none,a\ntwo,b\n")
+    result = finetune(bert, tmp_path / "out", "classification", train, "--epochs", 1)
+    assert result.exit_code == 0, result.output
+    assert "\\udcff.csv" in (tmp_path / "out" / "README.md").read_text("utf-8")
+
+
+def test_an_output_whose_name_is_not_utf_8(bert, tmp_path):
+    """Before an hour of training, not after it."""
+    train = tmp_path / "train.csv"
+    train.write_text("text,label\none,a\ntwo,b\n")
+    given = ("--model", bert, "--train", train, "--output", tmp_path / "\udcff")
+    told = tiny.refusal("finetune", "--task", "classification", *given)
+    assert "\\udcff has a name that isn't UTF-8" in told
+    assert not (tmp_path / "\udcff").exists()
+
+
 def test_unknown_labels_in_the_evaluation(bert, tmp_path):
     table = "text,label\none,a\ntwo,b\n"
     told = refused(bert, tmp_path, "classification", table, "a.csv", evaluated="text,label\none,a\nthree,c\n")
@@ -458,6 +531,29 @@ def test_predict_blank_lines(heads, tmp_path):
     texts = tiny.write(tmp_path / "texts.txt", ["", "  "])
     assert [row["entities"] for row in predict(heads["ner"], texts, tmp_path / "out.json")] == [[], []]
     assert len(predict(heads["classification"], texts, tmp_path / "out.json")) == 2
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_predict_half_a_character_in_a_label(heads, tmp_path):
+    folder = shutil.copytree(heads["classification"], tmp_path / "odd")
+    change_config(folder, id2label={"0": "\ud800", "1": "b"})
+    texts = tiny.write(tmp_path / "texts.txt", ["one"])
+    [found] = predict(folder, texts, tmp_path / "out.json")
+    assert set(found["scores"]) == {"\ud800", "b"}
+
+
+@pytest.mark.parametrize("kind", ["classification", "ner", "qa"])
+def test_predict_asks_for_no_other_outputs(heads, tmp_path, kind):
+    folder = shutil.copytree(heads[kind], tmp_path / "told")
+    texts = tiny.write(tmp_path / "q.csv", ["text,question,context", "the sum,the,of the row"])
+    texts = texts if kind != "ner" else tiny.write(tmp_path / "texts.txt", ["the sum"])
+    expected = predict(folder, texts, tmp_path / "out.json")
+    change_config(folder, output_hidden_states=True, output_attentions=True)
+    assert predict(folder, texts, tmp_path / "out.json") == expected
 
 
 def test_predict_numbers(heads, tmp_path):

@@ -276,6 +276,73 @@ def test_a_damaged_end_of_an_archive(corpus, config, ended, tmp_path, name):
     assert f"{path} is damaged" in told
 
 
+def another(value):
+    """A whole archive of ``torch.save``, of something else."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("trainer_state.json", lambda data: data.replace(b'"log_history"', b'"log_histori"')),
+        (
+            "trainer_state.json",
+            lambda data: data.replace(b'"stateful_callbacks": {', b'"stateful_callbacks": 5, "x": {'),
+        ),
+        ("trainer_state.json", lambda data: data.replace(b'"save_steps": 2', b'"save_steps": "x"')),
+        ("config.json", lambda data: data.replace(b'"vocab_size"', b'"pad_token_id": [], "vocab_size"')),
+        ("optimizer.pt", lambda data: another({})),
+        ("scheduler.pt", lambda data: another(None)),
+        ("rng_state.pth", lambda data: another({})),
+        ("model.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+        ("checksums.json", lambda data: b"{"),
+    ],
+)
+def test_a_file_of_a_checkpoint_that_is_whole_and_not_what_was_written(corpus, config, ended, tmp_path, name, change):
+    output = tmp_path / "out"
+    shutil.copytree(ended, output)
+    path = output / "checkpoint-4" / name
+    data = path.read_bytes()
+    path.write_bytes(change(data))
+    assert path.read_bytes() != data
+    told = tiny.refusal(*arguments(corpus, config, output, **TWO_CHECKPOINTS), "--resume")
+    assert f"{path} is damaged" in told
+
+
+def test_a_checkpoint_whose_checksums_were_not_yet_written(corpus, config, ended, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(ended, output)
+    (output / "checkpoint-4" / "checksums.json").unlink()
+    result = tiny.run(*arguments(corpus, config, output, **TWO_CHECKPOINTS), "--resume")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("name", ["checkpoint-best", "checkpoint-", "checkpoint-4-old", "checkpoint-99"])
+def test_what_is_no_checkpoint_of_a_run_is_left_as_it_is(corpus, config, ended, tmp_path, name):
+    """Also by Trainer, which takes it for the oldest of too many checkpoints."""
+    output = tmp_path / "out"
+    shutil.copytree(ended, output)
+    if name == "checkpoint-99":
+        (output / name).write_text("a file")
+    else:
+        shutil.copytree(output / "checkpoint-2", output / name)
+    shutil.rmtree(output / "checkpoint-4")
+    for how in ("--resume", "--overwrite"):
+        result = tiny.run(*arguments(corpus, config, output, **TWO_CHECKPOINTS), how)
+        assert result.exit_code == 0, result.output
+        if name != "checkpoint-99" or how == "--resume":
+            assert (output / name).exists()
+        assert (output / "checkpoint-4").exists()
+
+
+def test_the_last_checkpoints_are_kept(corpus, config, tmp_path):
+    more = {"steps": 5, "save-steps": 1, "save-total-limit": 2, "eval-fraction": 0}
+    assert tiny.run(*arguments(corpus, config, tmp_path / "out", **more)).exit_code == 0
+    assert {path.name for path in (tmp_path / "out").glob("checkpoint-*")} == {"checkpoint-4", "checkpoint-5"}
+
+
 def test_a_run_goes_on_without_its_damaged_checkpoint(corpus, config, ended, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(ended, output)
@@ -345,6 +412,17 @@ def test_mixed_precision_checkpointing_and_whole_words(corpus, config, tmp_path)
     assert tiny.scores(tmp_path / "out")["eval_masked_loss"] < 4
 
 
+def test_a_vocabulary_that_knows_no_word(checkpoint, tmp_path):
+    strange = shutil.copytree(checkpoint, tmp_path / "strange")
+    (strange / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\n")
+    text = tiny.write(tmp_path / "text.txt", ["the sum of the row"])
+    given = ("--model", strange, "--corpus", text, "--objective", "mlm", "--eval-fraction", 0, "--max-length", 48)
+    result = tiny.run("pretrain", "--output", tmp_path / "out", *given)
+    assert result.exit_code == 2
+    assert "the corpus has no token to mask: the vocabulary knows none of its words" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_refused(corpus, config, checkpoint, tmp_path):
     def told(*more, **options):
         return tiny.refusal(*arguments(corpus, config, tmp_path / "out", **options), *more)
@@ -364,6 +442,7 @@ def test_refused(corpus, config, checkpoint, tmp_path):
         ('{"num_attention_heads": 0}', "num_attention_heads is 0; it must be 1 or more"),
         ('{"hidden_act": "nope"}', "hidden_act is nope; it must be one of"),
         ('{"num_hidden_layers": 1000000}', "describes a BERT of"),
+        ('{"attn_implementation": "nope"}', 'makes no model: Specified `attn_implementation="nope"`'),
     ):
         wrong = tmp_path / "wrong.json"
         wrong.write_text(text)

@@ -46,7 +46,7 @@ def draw(data: dict[str, Any], folder: Path, check: bool) -> list[Path]:
     """
     digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
     stale = [folder / f"{name}.svg" for name in FIGURES]
-    stale = [path for path in stale if not path.exists() or digest not in path.read_text("utf-8")]
+    stale = [path for path in stale if not path.exists() or digest.encode() not in path.read_bytes()]
     if stale and not check:
         if importlib.util.find_spec("matplotlib") is None:
             raise Refusal(f"the figures are drawn by matplotlib, and it isn't installed: {install('bench')}")

@@ -8,14 +8,15 @@ learnt.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from fastbert.cli import json_files
 from fastbert.cli.bench import results
 from fastbert.cli.errors import Refusal, reason
+from fastbert.cli.json_files import FINITE, POSITIVE, TEXT, TRUTH, or_null
 
 REPORT = "BENCHMARKS.md"
 DOCUMENTS = ("README.md", "docs/performance.md", "docs/kernels.md", "docs/training.md")
@@ -23,6 +24,38 @@ _MARKED = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _REFERENCE = "huggingface sdpa"
 _HEADLINE_PEERS = (_REFERENCE, "openvino")
 _MODEL_WORK = ("inference", "fine-tuning step", "pretraining step")
+
+_MACHINE = {"threads": FINITE, "device": TEXT}
+_KERNELS = {
+    "environment": {"versions": {"triton": TEXT}},
+    "kernels": [
+        {
+            "capability": FINITE, "op": TEXT, "kernel": TEXT, "dtype": TEXT, "what": TEXT,
+            "options": {"num_warps": FINITE}, "registers": FINITE, "stack": FINITE, "shared": FINITE,
+            "occupancy": FINITE,
+        }
+    ],
+    "extension": [
+        {
+            "capability": FINITE, "op": TEXT, "kernel": TEXT, "dtype": TEXT, "vector": TRUTH,
+            "groups": or_null(FINITE), "registers": FINITE, "stack": FINITE,
+        }
+    ],
+}  # fmt: skip
+_PREDICTED = {
+    "device": {"device": TEXT},
+    "forwards": [
+        {
+            "model": TEXT, "batch": TEXT, "dtype": TEXT, "launches": FINITE, "milliseconds": POSITIVE,
+            "share_of_products": FINITE, "kernels": [{"kernel": TEXT, "total": FINITE, "bound": TEXT}],
+        }
+    ],
+}  # fmt: skip
+_SCORES = {"*": FINITE}
+_TRAINING = {
+    "environment": _MACHINE,
+    "runs": [{"command": TEXT, "seconds": FINITE, "scores": _SCORES, "baselines": {"*": _SCORES}}],
+}
 
 _INTRODUCTION = """\
 # Benchmarks
@@ -44,13 +77,13 @@ def load(folder: Path) -> dict[str, dict[str, Any]]:
     """The whole results in a folder, by name; those of partial runs are left out.
 
     Raises:
-        Refusal: there are none.
+        Refusal: there are none, or a file holds something else.
     """
     found = {}
     for path in sorted(folder.glob("*.json")):
-        data = json.loads(path.read_text("utf-8"))
+        data = json_files.read_object(path, str(path))
         if "rows" in data and not data.get("partial", False):
-            found[path.stem] = data
+            found[path.stem] = results.read(path)
     if not found:
         raise Refusal(f"{folder} has no results of a whole run: `fastbert bench --out {folder}` makes them")
     return found
@@ -71,10 +104,10 @@ def run(folder: Path, out: Path, check: bool) -> bool:
     texts = {out / REPORT: render_report(found)}
     for name in DOCUMENTS:
         if (out / name).exists():
-            texts[out / name] = render((out / name).read_text("utf-8"), folder)
+            texts[out / name] = render(_document(out / name), folder)
     try:
         for path, text in texts.items():
-            if not path.exists() or path.read_text("utf-8") != text:
+            if not path.exists() or path.read_bytes() != text.encode():
                 stale.append(path)
                 if not check:
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,13 +125,39 @@ def _figures_of(name: str) -> Path:
     return Path("benchmarks") / "figures" / name
 
 
+def _document(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except OSError as error:
+        raise Refusal(f"{path} can't be read: {reason(error)}") from None
+    except UnicodeDecodeError as error:
+        raise Refusal(f"{path} is not UTF-8: {error.reason} at byte {error.start}") from None
+
+
 def render(text: str, folder: Path) -> str:
-    """``text`` with each marked table made anew."""
+    """``text`` with each marked table made anew.
+
+    Raises:
+        Refusal: what a table is made of can't be read, or is something else.
+    """
+    special = {
+        "kernels": (_kernels, _KERNELS),
+        "predicted": (_predicted, _PREDICTED),
+        "training": (_training, _TRAINING),
+    }
 
     def replace(match: re.Match[str]) -> str:
-        data = json.loads((folder / f"{match[2]}.json").read_text("utf-8"))
-        made = {"kernels": _kernels, "predicted": _predicted, "training": _training}.get(match[2], _headlines)
-        return match[1] + made(data) + match[3]
+        path = folder / f"{match[2]}.json"
+        if match[2] in special:
+            made, shape = special[match[2]]
+            data = json_files.read_object(path, str(path))
+            json_files.check(data, shape, str(path))
+            # A score that is compared with something must be there.
+            for number, run in enumerate(data["runs"] if match[2] == "training" else ()):
+                wanted = dict.fromkeys(run["baselines"], FINITE)
+                json_files.check(run["scores"], wanted, f"{path}, runs[{number}].scores")
+            return match[1] + made(data) + match[3]
+        return match[1] + _headlines(results.read(path)) + match[3]
 
     return _MARKED.sub(replace, text)
 

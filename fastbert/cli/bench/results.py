@@ -17,12 +17,50 @@ from typing import Any
 
 from fastbert.cli import json_files
 from fastbert.cli.errors import Refusal, reason
+from fastbert.cli.json_files import ANYTHING, FINITE, NUMBER, OBJECT, POSITIVE, TEXT, one_of, or_null
 
 Row = dict[str, Any]
 Key = tuple[Any, ...]
 
 OURS = "fastbert"
 _CONTEST = ("work", "model", "batch", "dtype", "dropout_p")
+
+_WHO = {
+    "work": TEXT,
+    "model": TEXT,
+    "batch": TEXT,
+    "dtype": one_of(("float32", "bfloat16", "float16")),
+    "dropout_p": FINITE,
+    "contestant": TEXT,
+}
+# An error may be infinite, or no number.
+_GATE = {"what": TEXT, "error": NUMBER, "allowed": NUMBER}
+_TIMED = {
+    "sequences": FINITE,
+    "tokens": POSITIVE,
+    "padding_ratio": FINITE,
+    "milliseconds": {"median": POSITIVE, "p20": POSITIVE, "p80": POSITIVE, "rounds": POSITIVE},
+    "memory": {"peak": or_null(FINITE), "kept": or_null(FINITE)},
+    "share_of_floor": or_null(FINITE),
+    "fastbert_is_faster_by": or_null(FINITE),
+    "flops?": or_null(FINITE),
+    "bytes?": or_null(FINITE),
+}
+_ENVIRONMENT = {
+    "device": TEXT,
+    "kind": TEXT,
+    "threads": FINITE,
+    "gpu": or_null(OBJECT),
+    "python": TEXT,
+    "versions": {"*": or_null(TEXT)},
+    "commit": TEXT,
+}
+_RESULTS = {
+    "name": TEXT,
+    "environment": _ENVIRONMENT,
+    "ceilings": [{"dtype": TEXT, "flops": POSITIVE, "bytes": POSITIVE}],
+    "rows": [ANYTHING],
+}
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -34,6 +72,17 @@ def read(path: Path) -> dict[str, Any]:
     data = json_files.read_object(path, str(path))
     if not {"name", "environment", "rows"} <= data.keys():
         raise Refusal(f"{path} holds no results of `fastbert bench`")
+    json_files.check(data, _RESULTS, str(path))
+    for number, row in enumerate(data["rows"]):
+        name = f"{path}, rows[{number}]"
+        json_files.check(row, _WHO, name)
+        absent, timed = "reason" in row, "milliseconds" in row
+        json_files.check(row, {"reason": TEXT} if absent else {"padding_ratio": FINITE}, name)
+        if timed:
+            json_files.check(row, _TIMED, name)
+        # A contestant that is compared with nothing has a time and no error.
+        if "error" in row or "allowed" in row or not (absent or timed):
+            json_files.check(row, _GATE, name)
     return data
 
 

@@ -85,9 +85,14 @@ class Classification:
                 raise DataError(f"{folder} has no column {missing[0]!r}; it has {', '.join(dataset.column_names)}")
             named = getattr(dataset.features.get("label"), "int2str", None)
             found = []
-            for number, row in enumerate(dataset):
-                place = f"{folder}, row {number}"
-                if named is not None and row.get("label") is not None:
+            for row, place in files.saved_rows(dataset, folder):
+                if named is not None and "label" in columns and row["label"] is not None:
+                    # Sets for a contest have -1 where they keep the class to themselves.
+                    if not 0 <= row["label"] < dataset.features["label"].num_classes:
+                        raise DataError(
+                            f"{place} has the label {row['label']}; it may be 0 to "
+                            f"{dataset.features['label'].num_classes - 1}"
+                        )
                     row = {**row, "label": named(row["label"])}
                 found.append(_text({**row, **{name: files.text(row[name], name, place) for name in columns}}, place))
             return found

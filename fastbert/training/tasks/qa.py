@@ -63,8 +63,9 @@ class QuestionAnswering:
         return self._read(path, answered=False)
 
     def _read(self, path: Path, answered: bool) -> list[Question]:
+        text = "\n".join(files.lines(path))
         try:
-            data = json.loads("\n".join(files.lines(path)))
+            data = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is no JSON: {error}") from None
         found = []

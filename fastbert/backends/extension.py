@@ -151,6 +151,15 @@ def dtype_code(dtype: torch.dtype) -> int:
     return code
 
 
+def dense(tensor: Tensor) -> Tensor:
+    """``tensor`` as the extension takes it, or a copy: contiguous, its elements at multiples of their size.
+
+    Weights of a mapped file may lie anywhere.
+    """
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % tensor.itemsize else tensor
+
+
 def memory(tensor: Tensor | None) -> tuple[int, int] | None:
     """The address of the first element of ``tensor`` and the bytes from there on; None for None.
 

@@ -38,7 +38,7 @@ def fits(features: int, depth: int) -> bool:
 
 def pack(weight: Tensor) -> Tensor:
     """The weight ``[N, K]`` in the order in which the kernel reads it, ``[N, K]`` (opaque)."""
-    weight = weight.contiguous()
+    weight = extension.dense(weight)
     memory = weight.new_empty(weight.numel() + _ALIGNMENT // weight.itemsize)
     start = -memory.data_ptr() % _ALIGNMENT // weight.itemsize
     packed = memory[start : start + weight.numel()].view(weight.shape)
@@ -62,11 +62,11 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, approximate: str
 
 def linear_add(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor) -> Tensor:
     """xWᵀ + b + other; ``x`` is ``[..., K]``, ``other`` ``[..., N]``."""
-    return _run(x, weight, bias, other.contiguous(), extension.module().POST_ADD)
+    return _run(x, weight, bias, extension.dense(other), extension.module().POST_ADD)
 
 
 def _run(x: Tensor, weight: Tensor, bias: Tensor | None, other: Tensor | None, post: int) -> Tensor:
-    x = x.contiguous()
+    x = extension.dense(x)
     features, depth = weight.shape
     if x.shape[-1] != depth:
         raise ValueError(f"x has shape {tuple(x.shape)}; its last dimension must be {depth}, the weight's")

@@ -93,6 +93,8 @@ def unsupported(x: Tensor, linears: Sequence[nn.Linear]) -> str | None:
             return f"the input is {x.dtype} and a weight or bias {parameter.dtype}"
         if not parameter.is_contiguous():
             return "a weight isn't contiguous"
+        if parameter.data_ptr() % parameter.itemsize:
+            return "a weight lies at an address that is no multiple of its elements' size"
         if parameter.is_inference():
             return "a weight was made in inference mode, where torch doesn't tell whether it has changed"
     if x.numel() == 0:

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import transformers
-from transformers.activations import ACT2FN
 from transformers.utils import logging as their_logging
 
 from fastbert.cli.errors import Refusal
+from fastbert.models import upstream
 
 # A sequence has [CLS] and [SEP] at least.
 _LEAST = {
@@ -96,8 +96,8 @@ def _problems(config: transformers.BertConfig) -> Iterator[str]:
             f"hidden_size is {config.hidden_size}, no multiple of num_attention_heads, which is "
             f"{config.num_attention_heads}"
         )
-    if config.hidden_act not in ACT2FN:
-        yield f"hidden_act is {config.hidden_act}; it must be one of {', '.join(sorted(ACT2FN))}"
+    if upstream.ACT2FN is not None and config.hidden_act not in upstream.ACT2FN:
+        yield f"hidden_act is {config.hidden_act}; it must be one of {', '.join(sorted(upstream.ACT2FN))}"
     # Torch counts a negative one from the end.
     if config.pad_token_id is not None and not -config.vocab_size <= config.pad_token_id < config.vocab_size:
         yield f"pad_token_id is {config.pad_token_id}; it must be less than vocab_size, which is {config.vocab_size}"

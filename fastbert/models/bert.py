@@ -45,7 +45,13 @@ class _FromSafetensors:
             OSError: there are no safetensors. Where there is a pickle (``pytorch_model.bin``),
                 ``use_safetensors=False`` asks for it.
         """
-        load = super().from_pretrained  # type: ignore[misc]
+        from_file = super().from_pretrained  # type: ignore[misc]
+
+        def load(*args: Any, **kwargs: Any) -> Any:
+            loaded = from_file(*args, **kwargs)
+            _align(loaded[0] if isinstance(loaded, tuple) else loaded)
+            return loaded
+
         if use_safetensors is not None or pretrained_model_name_or_path is None:
             return load(pretrained_model_name_or_path, *args, use_safetensors=use_safetensors, **kwargs)
         try:
@@ -56,6 +62,17 @@ class _FromSafetensors:
             raise OSError(
                 f"{error} A pickle (pytorch_model.bin) is read only if asked for, with use_safetensors=False."
             ) from error
+
+
+def _align(root: nn.Module) -> None:
+    """Copy the parameters whose elements don't lie at multiples of their size.
+
+    A file of safetensors is mapped into memory, and some have a header of any length in front of the weights.
+    """
+    for parameter in root.parameters():
+        plain = type(parameter) is nn.Parameter and parameter.device.type == "cpu"
+        if plain and parameter.data_ptr() % parameter.itemsize:
+            parameter.data = parameter.data.clone()
 
 
 class BertModel(_FromSafetensors, hf.BertModel):
@@ -533,8 +550,10 @@ MODELS: dict[type[nn.Module], type[nn.Module]] = {getattr(hf, fused.__name__): f
 def fuse(root: nn.Module) -> list[str]:
     """Change each of Hugging Face's BERT modules below ``root`` into the fused class of the same name, in place.
 
-    Parameters, buffers, hooks and tree stay as they are. Returns the paths of the modules that were changed.
+    Parameters, buffers, hooks and tree stay as they are, but for memory: see ``_align``. Returns the paths of the
+    modules that were changed.
     """
+    _align(root)
     changed = []
     for path, module in root.named_modules():
         fused = MODELS.get(type(module)) or layers.FUSED.get(type(module))

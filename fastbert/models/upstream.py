@@ -137,6 +137,9 @@ GELU: dict[type, str] = {
     if (activation := _find("transformers.activations", name))
 }
 
+# The names that ``hidden_act`` may have; None where transformers doesn't tell.
+ACT2FN: Any = _find("transformers.activations", "ACT2FN")
+
 # The class of transformers' own top module.
 LazyModule: Any = type(transformers)
 

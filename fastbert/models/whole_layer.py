@@ -68,8 +68,8 @@ def forward(layer: Any, x: Tensor, packing: Packing, approximate: str, workspace
     lse = workspace.get("lse")
     if lse is None or lse.numel() < heads * rows:
         lse = workspace["lse"] = x.new_empty(heads * rows, dtype=torch.float32)
-    parameters = [p.contiguous() for norm in norms for p in (norm.weight, norm.bias)]
-    x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    parameters = [extension.dense(p) for norm in norms for p in (norm.weight, norm.bias)]
+    x, y = extension.dense(x), torch.empty(x.shape, dtype=x.dtype)
     memory = extension.memory
     done = module.encoder_layer_forward(
         x=memory(x),

@@ -118,3 +118,43 @@ def test_other_errors_of_loading_are_left_alone(checkpoint, monkeypatch):
     monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", classmethod(fail))
     with pytest.raises(OSError, match=r"^the disk is on fire$"):
         fastbert.BertModel.from_pretrained(checkpoint)
+
+
+def _accelerated(folder):
+    return fastbert.accelerate(transformers.BertModel.from_pretrained(folder), strict=True)
+
+
+def _edited_afterwards(folder):
+    """Nobody is told when a parameter is given other memory."""
+    model = fastbert.BertModel.from_pretrained(folder)
+    for parameter in model.parameters():
+        memory = bytearray(parameter.numel() * parameter.itemsize + 1)
+        data = torch.frombuffer(memory, dtype=parameter.dtype, count=parameter.numel(), offset=1)
+        parameter.data = data.view(parameter.shape).copy_(parameter.data)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("load", [*LOADERS, _accelerated, _edited_afterwards])
+def test_weights_at_any_address_of_a_file(load, dtype, tmp_path):
+    """safetensors maps a file into memory, and older writers made its header of any length."""
+    twins.twins(hidden_size=96, num_attention_heads=3, intermediate_size=192)[0].to(dtype).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = file.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = whole[8 : 8 + length].rstrip(b" ")
+    header += b" " * ((1 - len(header)) % 4)
+    file.write_bytes(len(header).to_bytes(8, "little") + header + whole[8 + length :])
+    stock = transformers.BertModel.from_pretrained(tmp_path, dtype=dtype).eval()
+    assert any(p.data_ptr() % p.itemsize for p in stock.parameters())
+    model = load(tmp_path).to(dtype).eval()
+    inputs = twins.batch()
+    where = twins.valid(inputs)
+    with torch.no_grad():
+        expected, found = (one(**inputs).last_hidden_state[where] for one in (stock, model))
+    torch.testing.assert_close(found, expected, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=0)
+    told = "a weight lies at an address that is no multiple of its elements' size"
+    assert (told in {row.reason for row in fastbert.explain(model)}) == (load is _edited_afterwards)
+    model.train()
+    model(**inputs).last_hidden_state[where].square().sum().backward()
+    assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if "pooler" not in name)

@@ -16,6 +16,8 @@ from models import twins
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
+from fastbert.cli import configuration
+from fastbert.cli.errors import Refusal
 from fastbert.models import layers, upstream
 from fastbert.training import resume
 
@@ -216,7 +218,6 @@ PUBLIC = {
     "transformers.models.bert": "where each of its models keeps its classes",
     "transformers.modeling_outputs": "documented: what a forward returns",
     "transformers.utils.logging": "documented: how little it prints",
-    "transformers.activations.ACT2FN": "the names that hidden_act may have; only the commands read it",
 }
 
 
@@ -246,6 +247,14 @@ def test_inner_names_stand_in_one_file():
             misplaced += [] if public else [f"{path.relative_to(package)}: {name}"]
     assert not misplaced
     assert used == set(PUBLIC)
+
+
+def test_without_a_list_of_activations_none_is_refused(monkeypatch):
+    values = twins.config(hidden_act="a new one").to_dict()
+    with pytest.raises(Refusal, match="hidden_act is a new one; it must be one of"):
+        configuration.make(values, "a configuration")
+    monkeypatch.setattr(upstream, "ACT2FN", None)
+    assert configuration.make(values, "a configuration").hidden_act == "a new one"
 
 
 def test_without_trainer_s_list_an_archive_is_read_by_zip_alone(tmp_path, monkeypatch):

@@ -40,6 +40,15 @@ def offset(x):
     return storage[1:].view(x.shape)
 
 
+def unaligned(x):
+    """The same values one byte further, as a mapped file may hold them. A GPU has no such tensors."""
+    if x.is_cuda or x.numel() == 0:
+        return x
+    memory = bytearray(x.numel() * x.itemsize + 1)
+    found = torch.frombuffer(memory, dtype=x.dtype, count=x.numel(), offset=1).view(x.shape)
+    return found.copy_(x)
+
+
 def strided(x):
     """Every second row of a tensor."""
     return (
@@ -54,7 +63,7 @@ def expanded(x):
 
 @makers
 @dtypes
-@pytest.mark.parametrize("layout", [chunked, transposed, offset, strided, expanded])
+@pytest.mark.parametrize("layout", [chunked, transposed, offset, unaligned, strided, expanded])
 def test_layouts_case_17_and_18(maker, dtype, layout):
     problem = maker(dtype=dtype)
     plain = problem.tensors

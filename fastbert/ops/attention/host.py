@@ -20,7 +20,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(O ``[T, A, D]``, lse ``[A, T]``)."""
     rows, _, heads, size = qkv.shape
-    qkv, cu_seqlens = qkv.contiguous(), cu_seqlens.contiguous()
+    qkv, cu_seqlens = extension.dense(qkv), extension.dense(cu_seqlens)
     out = qkv.new_empty(rows, heads, size)
     lse = qkv.new_empty(heads, rows, dtype=torch.float32)
     done = extension.module().attention_forward(

@@ -10,8 +10,8 @@ from fastbert.backends import extension, philox
 
 def forward(x: Tensor, bias: Tensor | None, residual: Tensor, p: float, seed: Tensor | None) -> Tensor:
     """residual + dropout(x + bias): ``[..., H]``."""
-    x, residual = x.contiguous(), residual.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    x, residual = extension.dense(x), extension.dense(residual)
+    bias = None if bias is None else extension.dense(bias)
     out = torch.empty_like(x)
     cols = x.shape[-1]
     extension.module().bias_dropout_residual_forward_host(
@@ -32,7 +32,7 @@ def forward(x: Tensor, bias: Tensor | None, residual: Tensor, p: float, seed: Te
 
 def backward(dy: Tensor, p: float, seed: Tensor | None, has_bias: bool) -> tuple[Tensor, Tensor]:
     """(dx ``[..., H]``, dbias ``[H]``, or ``[0]`` without a bias)."""
-    dy = dy.contiguous()
+    dy = extension.dense(dy)
     dx = torch.empty_like(dy)
     cols = dy.shape[-1]
     rows = dy.numel() // cols

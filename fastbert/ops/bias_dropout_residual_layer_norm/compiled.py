@@ -76,8 +76,8 @@ def _run_forward(
     rstd: Tensor | None,
 ) -> None:
     """Fill the last four, of which the last three may be None."""
-    x, residual = x.contiguous(), residual.contiguous()
-    bias = None if bias is None else bias.contiguous()
+    x, residual = extension.dense(x), extension.dense(residual)
+    bias = None if bias is None else extension.dense(bias)
     weight, ln_bias = _parameter(weight, x.dtype), _parameter(ln_bias, x.dtype)
     cols = x.shape[-1]
     function = getattr(extension.module(), f"bias_dropout_residual_layer_norm_forward_{build}")
@@ -121,9 +121,9 @@ def backward(
     ``dy2`` is a second gradient of the output. The last three are ``[0]`` where ``output_mask`` leaves them out; dx is
     ``[0]`` without dropout, where it equals dresidual.
     """
-    dy, hidden = dy.contiguous(), hidden.contiguous()
-    dy2 = None if dy2 is None else dy2.contiguous()
-    mean, rstd = mean.contiguous(), rstd.contiguous()
+    dy, hidden = extension.dense(dy), extension.dense(hidden)
+    dy2 = None if dy2 is None else extension.dense(dy2)
+    mean, rstd = extension.dense(mean), extension.dense(rstd)
     parameter = _parameter(weight, hidden.dtype)
     cols = hidden.shape[-1]
     rows = hidden.numel() // cols
@@ -162,10 +162,8 @@ def backward(
 
 
 def _parameter(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    """``parameter`` as the extension takes it: contiguous, in ``dtype`` or else in float32."""
-    if parameter.dtype == dtype and parameter.is_contiguous():
-        return parameter
-    return parameter.to(parameter.dtype if parameter.dtype == dtype else torch.float32).contiguous()
+    """``parameter`` as the extension takes it: dense, in ``dtype`` or else in float32."""
+    return extension.dense(parameter if parameter.dtype == dtype else parameter.float())
 
 
 def _wanted(result: Tensor) -> tuple[int, int] | None:

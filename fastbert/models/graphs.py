@@ -23,8 +23,7 @@ from fastbert.models.snapshot import Snapshot
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)
-# A bucket's positions, in quarters: a graph of one of them computes at most a third more than the tokens that it has
-# room for, from a quarter on.
+# A batch whose tokens fill a quarter of its bucket or more computes at most half as many again.
 TOKEN_SHARES = (0.25, 0.375, 0.5, 0.75, 1.0)
 # To count a batch's tokens waits for the device, which takes longer than what it saves of fewer positions.
 _LEAST_COUNTED = 2048

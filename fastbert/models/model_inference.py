@@ -26,14 +26,13 @@ class Plan(encoder_plan.EncoderPlan):
         layers, projections: of the encoder.
         norm: the LayerNorm of the embeddings.
         tables: of words, positions and token types.
-        dtype, device: of all parameters.
+        device: of all parameters.
     """
 
     layers: list[encoder_inference.Layer]
     projections: joined.Plan
     norm: nn.LayerNorm
     tables: tuple[Tensor, Tensor, Tensor]
-    dtype: torch.dtype
     device: torch.device
 
 
@@ -151,5 +150,5 @@ def _new_plan(model: Any, known: encoder_plan.EncoderPlan, dtype: torch.dtype) -
     if encoder_inference.attention_choice(encoder_layers, device, dtype) != "triton":
         return None
     plan.layers, plan.projections, plan.norm = encoder_layers, projections, embeddings.LayerNorm
-    plan.tables, plan.dtype, plan.device = tables, dtype, device
+    plan.tables, plan.device = tables, device
     return plan

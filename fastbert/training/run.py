@@ -32,7 +32,7 @@ from fastbert.training.batches import Batches, Collator, Keyed
 from fastbert.training.errors import DataError
 from fastbert.training.files import is_utf_8
 from fastbert.training.resume import SETTINGS
-from fastbert.training.trainer import LOG, PLOT, Journal, Trainer, is_curve
+from fastbert.training.trainer import LOG, PLOT, Checkpoints, Journal, Trainer, is_curve
 
 # Version 2, a layer at a time, each process with its own shards in a checkpoint.
 _FSDP = {"version": 2, "auto_wrap_policy": "NO_WRAP", "state_dict_type": "SHARDED_STATE_DICT"}
@@ -182,7 +182,7 @@ def train(
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
         preprocess_logits_for_metrics=preprocess_logits,
-        callbacks=[Journal(settings.save_total_limit)],
+        callbacks=[Checkpoints(settings.save_total_limit), Journal()],
     )
     trainer.remove_callback(PrinterCallback)
     if settings.early_stopping_patience is not None:

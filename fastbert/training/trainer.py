@@ -93,15 +93,25 @@ class Trainer(transformers.Trainer):
         return torch.stack([(batch[name] != IGNORED_LABEL).sum() for name in self.label_names])
 
 
-class Journal(TrainerCallback):
-    """Keeps ``log.json`` and ``training.png`` in the output folder up to date. Both go on where a run is resumed.
+class Checkpoints(TrainerCallback):
+    """Seals every checkpoint, and keeps the last ``count`` of them and the best one.
 
-    Args:
-        checkpoints: how many are kept. Trainer would take folders for checkpoints that the user has put there.
+    Trainer's own limit also deletes folders of the user's whose names only begin as those of checkpoints do.
     """
 
-    def __init__(self, checkpoints: int) -> None:
-        self.checkpoints = checkpoints
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Once for all processes, after the checkpoint's files have been written."""
+        if state.is_world_process_zero:
+            output = Path(str(args.output_dir))
+            resume.seal(output / f"checkpoint-{state.global_step}")
+            resume.thin(output, self.count, state.best_model_checkpoint)
+
+
+class Journal(TrainerCallback):
+    """Keeps ``log.json`` and ``training.png`` in the output folder up to date. Both go on where a run is resumed."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write all entries so far; and where there is no progress bar, tell the last."""
@@ -115,11 +125,7 @@ class Journal(TrainerCallback):
             print(f"step {state.global_step} of {state.max_steps}  {told}", file=sys.stderr, flush=True)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Seal the checkpoint, and draw the curves so far; the last save is followed by the end, which draws them."""
-        if state.is_world_process_zero:
-            output = Path(str(args.output_dir))
-            resume.seal(output / f"checkpoint-{state.global_step}")
-            resume.thin(output, self.checkpoints, state.best_model_checkpoint)
+        """Draw the curves so far; the last save is followed by the end, which draws them."""
         if not control.should_training_stop:
             self.on_train_end(args, state, control)
 

@@ -1,12 +1,13 @@
 # demo | test | lint | sanitize | bench: each sets up what it needs in .venv, at the versions in requirements/lock.txt.
 # test-versions: tests with the oldest supported and the newest transformers, torch and Triton; ONLY names some.
+# mutants: which changes of the code no test would see, by tests/mutation/run.py; ONLY and ARGS are for it.
 # lock: renews those versions; HOLD names the packages that keep theirs.
 # gpu: builds for, and tests on, the GPUs of a machine whose PYTHON has torch; needs no network.
 # gpu-kit: compiles here what such a machine would, for one of compute capability 9.0 and the versions in
 #   requirements/gpu-kit.txt; PYTHON is of its minor version. `python -m benchmarks.gpu_kit unpack` is for there.
 #
 #   PYTHON  the interpreter of the virtual environment, 3.11 or later; for lock 3.11, so that pins fit the later ones
-#   ONLY    parts of names, such as "transformers torch-oldest"
+#   ONLY    parts of names, such as "transformers torch-oldest"; of paths for mutants, such as models/packing
 #   HOLD    requirements in pip's form; torch===2.13.0 means the build with its CUDA libraries
 #
 # pip's own settings are honoured (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...).
@@ -40,7 +41,7 @@ export PYTHONDONTWRITEBYTECODE :=
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint $(LOCK) --build-constraint $(LOCK)
 SOURCES := pyproject.toml CMakeLists.txt $(LOCK) $(TRITON) $(shell find csrc -type f)
 
-.PHONY: demo test test-versions lint style sanitize bench lock gpu gpu-kit clean
+.PHONY: demo test test-versions lint style sanitize mutants bench lock gpu gpu-kit clean
 
 demo: $(DEMO)
 	$(BIN)/fastbert compare
@@ -66,6 +67,9 @@ style: $(READY)
 # planted in the CUDA kernels, which run on the host here, and every Triton kernel compiled.
 sanitize: $(READY)
 	$(BIN)/python -m pytest tests/native tests/ops/test_compiled.py --everything
+
+mutants: $(READY)
+	$(BIN)/python tests/mutation/run.py $(addprefix --only ,$(ONLY)) $(ARGS)
 
 bench: $(PEERS)
 	$(BIN)/fastbert bench --out benchmarks/results

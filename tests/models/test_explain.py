@@ -122,6 +122,39 @@ def test_explain_tells_of_the_last_forward():
     assert "padded positions" in row.reason
 
 
+def test_layers_that_are_alike_have_one_line(capsys):
+    fast = twins.twins(num_hidden_layers=6)[1]
+    for index in (2, 4, 5):
+        fast.encoder.layer[index].intermediate.intermediate_act_fn = nn.ReLU()
+    fastbert.explain(fast)
+    lines = capsys.readouterr().out.splitlines()
+    told = {line.split()[1]: line for line in lines if ".intermediate" in line}
+    assert set(told) == {"model.encoder.layer.0,1,3.intermediate", "model.encoder.layer.2,4,5.intermediate"}
+    assert "Hugging Face" in told["model.encoder.layer.2,4,5.intermediate"]
+    assert [line.split()[1] for line in lines if "attention.self" in line] == [
+        "model.encoder.layer.0-5.attention.self"
+    ] * 2
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"attn_implementation": "eager"}])
+def test_rows_of_a_layer(changes, training):
+    """Whether it is one call is told without gradients, and what is kept for a backward with them."""
+    fast = twins.twins(**changes)[1].train(training)
+    parts = {row.part for row in fastbert.explain(fast)}
+    assert ("its parts" in parts) == (not training and not changes)
+    assert ("first LayerNorm and GELU, for the backward" in parts) == (training and not changes)
+
+
+def test_what_is_computed_again_for_the_backward():
+    fast = twins.twins()[1].train()
+    fast.encoder.layer[1].output.LayerNorm = nn.LayerNorm(64, elementwise_affine=False)
+    first, second = rows_of(fast, "first LayerNorm and GELU, for the backward")
+    assert (first.implementation, first.reason) == ("computed again", "one function")
+    assert second.implementation == "kept"
+    assert second.reason == "output: it has no weight or no bias"
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -155,6 +188,18 @@ def test_explain_names_what_is_not_fused():
     row = by_path["model.encoder.layer.0.attention.self", "query, key, value"]
     assert (row.implementation, "key: it is a" in row.reason) == ("modules, one by one", True)
     assert by_path["model.encoder.layer.1.attention.self", "query, key, value"].implementation == PREPACKED
+
+
+def test_explain_names_parts_of_other_classes():
+    fast = twins.twins()[1]
+    fast.encoder.layer[0].intermediate = nn.Sequential(fast.encoder.layer[0].intermediate)
+    fast.encoder.layer[1].output.dense = nn.Sequential(fast.encoder.layer[1].output.dense)
+    by_path = {row.path: row for row in fastbert.explain(fast)}
+    row = by_path["model.encoder.layer.0.intermediate"]
+    assert (row.implementation, row.reason) == ("Hugging Face", "it is a Sequential")
+    row = by_path["model.encoder.layer.1.output"]
+    assert row.implementation.startswith("dense, then ops.bias_dropout_residual_layer_norm: ")
+    assert row.reason.startswith("dense: it is a torch.nn.modules.container.Sequential")
 
 
 def test_explain_models_that_are_not_fused():
@@ -216,13 +261,19 @@ def irregular(model):
     return model
 
 
+def foreign(model):
+    """A part that knows padded states only."""
+    model.encoder.layer[1].intermediate = nn.Sequential(model.encoder.layer[1].intermediate)
+    return model
+
+
 def eager(model):
     model.config._attn_implementation = "eager"
     return model
 
 
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 96, "num_attention_heads": 3, "intermediate_size": 160}])
-@pytest.mark.parametrize("change", [None, trained, in_float16, irregular, eager])
+@pytest.mark.parametrize("change", [None, trained, in_float16, irregular, foreign, eager])
 @pytest.mark.parametrize("activation", ["gelu", "relu"])
 def test_what_is_told_is_what_runs(sizes, change, activation, ran):
     fast = twins.twins(**sizes, hidden_act=activation, hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1)[1]

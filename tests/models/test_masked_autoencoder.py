@@ -125,6 +125,19 @@ def test_masked_without_labels_gives_logits():
     torch.testing.assert_close(out.logits, model(**inputs, labels=labels).logits, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32], ids=str)
+def test_labels_at_some_of_the_masked_places(dtype):
+    """The others are predicted too, and cost nothing."""
+    model, inputs = autoencoder().eval(), batch()
+    masked = inputs["labels"] != -100
+    labels = inputs["labels"].clone()
+    labels[:, ::2] = -100
+    found = model(**{**inputs, "labels": labels}, masked=masked.to(dtype))
+    expected = model(**inputs)
+    assert torch.equal(found.logits, expected.logits)
+    torch.testing.assert_close(found.loss, F.cross_entropy(expected.logits, labels[masked]))
+
+
 def test_dropout_and_checkpointing_give_the_same_gradients():
     model = autoencoder(hidden_dropout_prob=0.1, attention_probs_dropout_prob=0.1).train()
     gradients = []

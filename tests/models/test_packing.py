@@ -64,6 +64,11 @@ def test_where_the_tokens_are(name):
     static = packing.from_mask_static(mask)
     assert torch.equal(static.cu_seqlens, found.cu_seqlens)
     assert static.places().tolist()[: len(places)] == [s for _, s in places]
+    # Padding stays, after the tokens, and is zero on both ways.
+    packed = static.pack(x)
+    assert torch.equal(packed[: len(places)], x[mask])
+    assert packed[len(places) :].count_nonzero() == 0
+    assert torch.equal(static.unpack(torch.randn_like(packed)) != 0, mask.unsqueeze(-1).expand_as(x))
 
 
 @pytest.mark.parametrize("name", MASKS)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import itertools
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -121,12 +123,10 @@ def _namespaces() -> list[ModuleType]:
     """Every module that hands out BERT's classes by name.
 
     While transformers is being imported it makes its top module anew: code that imported it early holds another one
-    than ``sys.modules`` does, and each keeps the names that it was asked for.
+    than ``sys.modules`` does, and each keeps the names that it was asked for. The garbage collector knows them all,
+    but for those that ``gc.freeze`` hid from it: they are looked for among the globals of modules.
     """
-    top = [transformers]
-    top += [
-        thing
-        for thing in gc.get_objects()
-        if type(thing) is upstream.LazyModule and thing.__name__ == "transformers" and thing is not transformers
-    ]
-    return [*top, importlib.import_module("transformers.models.bert"), modeling_bert]
+    held = (vars(module).values() for module in list(sys.modules.values()) if isinstance(module, ModuleType))
+    things = [*itertools.chain.from_iterable(list(values) for values in held), *gc.get_objects()]
+    tops = [thing for thing in things if type(thing) is upstream.LazyModule and thing.__name__ == "transformers"]
+    return [*dict.fromkeys([transformers, *tops]), importlib.import_module("transformers.models.bert"), modeling_bert]

@@ -1,6 +1,7 @@
 """Ways into fastbert from code that doesn't import it: accelerate and patch."""
 
 import copy
+import gc
 import inspect
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from transformers.models import bert as hf_package
 from transformers.models.bert import modeling_bert as hf
 
 import fastbert
-from fastbert.models import bert, layers
+from fastbert.models import bert, layers, upstream
 
 ALL_MODELS = ("BertModel", "BertLMHeadModel", *twins.HEADS)
 # transformers makes its top module anew while it is imported; those who imported it early hold another one.
@@ -236,6 +237,17 @@ def test_patch_and_unpatch_case_48(before):
     assert_unchanged(before)
 
 
+def test_patch_finds_what_the_garbage_collector_no_longer_shows(monkeypatch):
+    """A server calls ``gc.freeze`` before it forks."""
+    early = upstream.LazyModule("transformers", transformers.__file__, {"models.bert": ["BertModel"]})
+    monkeypatch.setitem(globals(), "early", early)
+    assert early.BertModel is hf.BertModel
+    gc.freeze()
+    with fastbert.patched():
+        assert early.BertModel is fastbert.BertModel
+    assert early.BertModel is hf.BertModel
+
+
 def test_patched_restores_after_an_exception_case_48(before):
     def fail():
         with fastbert.patched():
@@ -390,6 +402,14 @@ def test_accelerate_warns_where_no_kernel_would_run(name, changes, told):
     expected = [] if told is None else [f"nothing was fused: {told}"]
     assert [str(one.message) for one in warned] == expected
     assert all(one.filename == __file__ for one in warned)
+
+
+@pytest.mark.parametrize("part", [hf.BertEncoder, hf.BertLayer, hf.BertEmbeddings])
+def test_accelerate_does_not_warn_for_parts_alone(part):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fused = fastbert.accelerate(part(twins.config()))
+    assert type(fused) is layers.FUSED[part]
 
 
 def test_accelerate_does_not_warn_where_attention_alone_is_fused():

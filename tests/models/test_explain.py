@@ -75,8 +75,9 @@ def test_explain_shows_brackets(capsys, monkeypatch):
 
 
 def test_explain_tells_of_this_device_alone():
-    rows = fastbert.explain(twins.twins()[1])
-    assert not [row for row in rows if "it runs on cuda" in row.reason]
+    for dtype in (torch.float32, torch.float64):  # some implementations lack the second anywhere
+        rows = fastbert.explain(twins.twins()[1].to(dtype))
+        assert not [row for row in rows if "it runs on cuda" in row.reason]
     (row,) = {row.reason for row in rows_of(twins.twins(hidden_dropout_prob=0.1)[1].half(), "attention")}
     assert "it computes in" in row
 
@@ -101,6 +102,28 @@ def test_explain_tells_of_attention_by_name(model_class):
     rows = rows_of(model_class(config).eval(), "attention")
     assert len(rows) == 1
     assert rows[0].implementation.startswith("ops.attention: ")
+
+
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [
+        (transformers.RobertaConfig(hidden_size=272, num_attention_heads=2, num_hidden_layers=1, vocab_size=9), 136),
+        (
+            transformers.MistralConfig(
+                hidden_size=32, head_dim=144, num_attention_heads=2, num_key_value_heads=2, num_hidden_layers=1,
+                intermediate_size=16, vocab_size=9,
+            ),
+            144,
+        ),
+    ],
+    ids=["of the width", "of its own"],
+)  # fmt: skip
+def test_explain_asks_with_the_size_of_a_head(config, size, monkeypatch):
+    asked, explain = [], select.Table.explain
+    monkeypatch.setattr(select.Table, "explain", lambda self, request: asked.append(request) or explain(self, request))
+    config._attn_implementation = "fastbert"
+    fastbert.explain(transformers.AutoModel.from_config(config).eval())
+    assert [request.head_size for request in asked] == [size]
 
 
 def test_explain_tells_of_training():

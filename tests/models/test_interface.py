@@ -73,7 +73,7 @@ TINY = {"vocab_size": 101, "hidden_size": 32, "num_hidden_layers": 2, "num_atten
     ],
     ids=["roberta", "distilbert", "llama", "decoder"],
 )
-@pytest.mark.parametrize("kind", ["none", "right"])
+@pytest.mark.parametrize("kind", ["none", "right", "left"])
 def test_attention_interface_of_other_models(build, calls, kind):
     model = build().eval()
     inputs = twins.batch(kind=kind)
@@ -111,6 +111,23 @@ def test_attention_interface_equals_torch_s(other, mask, is_causal):
     found, _ = interface.attention(module, query, key, value, given, **more)
     where = attend if mask == "2-D" and keys == 5 else torch.ones(2, 5, dtype=torch.bool)
     torch.testing.assert_close(found[where], expected[where], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_dropout_through_the_interface(masked):
+    """The op's own, of packed tokens, from the same random state."""
+    query, key, value = (torch.randn(2, 3, 5, 8) for _ in range(3))
+    lengths = torch.tensor([5, 3]) if masked else torch.tensor([5, 5])
+    mask = torch.arange(5) < lengths[:, None]
+    torch.manual_seed(3)
+    found, _ = interface.attention(nn.Module(), query, key, value, mask if masked else None, 0.4, is_causal=False)
+    torch.manual_seed(3)
+    qkv = torch.stack([query, key, value], 1).permute(0, 3, 1, 2, 4)[mask]
+    offsets = torch.tensor([0, 5, 5 + int(lengths[1])], dtype=torch.int32)
+    expected = fastbert.ops.attention(qkv, offsets, 5, dropout_p=0.4)
+    assert torch.equal(found[mask], expected)
+    without, _ = interface.attention(nn.Module(), query, key, value, mask if masked else None, is_causal=False)
+    assert not torch.allclose(without[mask], expected)
 
 
 def test_nothing_is_registered_where_transformers_has_no_such_interface(monkeypatch):

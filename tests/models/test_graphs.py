@@ -346,7 +346,14 @@ def test_a_capture_is_warmed_up_beside_the_current_stream(monkeypatch):
 
     model = twins.twins()[1]
     forward = model.forward
-    model.forward = lambda **inputs: calls.append(int(inputs["attention_mask"].sum())) or forward(**inputs)
+
+
+    def counted(packed_tokens, **inputs):
+        assert int(inputs["attention_mask"].sum()) == packed_tokens
+        calls.append(packed_tokens)
+        return forward(packed_tokens=packed_tokens, **inputs)
+
+    model.forward = counted
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream("side", calls))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream("current", calls))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: block(stream.name))

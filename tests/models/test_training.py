@@ -193,6 +193,12 @@ def test_second_derivative_is_refused():
     (gradient,) = torch.autograd.grad(output.square().sum(), weight, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         gradient.sum().backward()
+    # Also by what comes after the layer alone.
+    factor = torch.ones((), requires_grad=True)
+    output = fast(**twins.batch()).last_hidden_state * factor
+    (gradient,) = torch.autograd.grad(output.square().sum(), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(gradient.sum(), factor)
 
 
 def test_dropout_without_gradients_draws_the_same_masks():

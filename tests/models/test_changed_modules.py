@@ -8,6 +8,7 @@ import torch
 from models import twins
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from transformers.models.bert import modeling_bert as hf
 
 import fastbert
 
@@ -300,6 +301,31 @@ def test_hooks_see_what_hugging_face_shows_them(part):
     expected, actual = seen
     where = twins.valid(inputs)
     torch.testing.assert_close(actual[where], expected[where], atol=1e-5, rtol=1e-5)
+
+
+def test_a_hook_of_attention_is_called_once_where_nothing_is_to_be_learnt():
+    """With gradients enabled, and no parameter that asks for one."""
+    reference, fast = (model.requires_grad_(False) for model in twins.twins())
+    calls = []
+    fast.encoder.layer[0].attention.self.register_forward_hook(lambda *_: calls.append(1))
+    inputs = twins.batch()
+    where = twins.valid(inputs)
+    found, expected = (model(**inputs).last_hidden_state[where] for model in (fast, reference))
+    assert calls == [1]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "part", [hf.BertPredictionHeadTransform, hf.BertIntermediate, hf.BertSelfOutput, hf.BertOutput]
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_a_part_refuses_a_keyword_that_stock_does_not_know(part, training):
+    made = fastbert.accelerate(part(twins.config())).train(training)
+    states = torch.randn(2, 3, made.dense.in_features)
+    more = () if part in (hf.BertPredictionHeadTransform, hf.BertIntermediate) else (torch.randn(2, 3, 64),)
+    made(states, *more)
+    with pytest.raises(TypeError, match="unknown_to_stock"):
+        made(states, *more, unknown_to_stock=1)
 
 
 def test_gradient_hooks_see_what_hugging_face_shows_them():

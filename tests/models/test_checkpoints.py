@@ -111,6 +111,17 @@ def test_pickle_is_refused_unless_asked_for_case_41(load, checkpoint):
     assert all(torch.equal(loaded[key], value) for key, value in expected.items())
 
 
+@pytest.mark.parametrize("load", LOADERS)
+def test_an_explicit_choice_of_the_format_is_kept(load, checkpoint):
+    model = load(checkpoint, use_safetensors=True, hidden_dropout_prob=0.3)
+    assert model.config.hidden_dropout_prob == 0.3
+    with pytest.raises(OSError, match="no file named"):
+        load(checkpoint, use_safetensors=False)
+    as_pickle(checkpoint)
+    with pytest.raises(OSError, match="no file named"):
+        load(checkpoint, use_safetensors=True)
+
+
 def test_other_errors_of_loading_are_left_alone(checkpoint, monkeypatch):
     def fail(cls, *args, **kwargs):
         raise OSError("the disk is on fire")

@@ -225,6 +225,14 @@ def test_explain_names_parts_of_other_classes():
     assert row.reason.startswith("dense: it is a torch.nn.modules.container.Sequential")
 
 
+def test_explain_passes_over_layers_of_other_classes():
+    fast = twins.twins()[1]
+    fast.encoder.layer[0] = nn.Sequential(fast.encoder.layer[0])
+    paths = [row.path for row in fastbert.explain(fast) if ".encoder." in row.path]
+    assert paths
+    assert all(path.startswith("model.encoder.layer.1") for path in paths)
+
+
 def test_explain_models_that_are_not_fused():
     (row,) = fastbert.explain(nn.Linear(2, 2))
     assert (row.part, row.implementation) == ("Linear", "unchanged")

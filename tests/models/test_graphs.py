@@ -347,7 +347,6 @@ def test_a_capture_is_warmed_up_beside_the_current_stream(monkeypatch):
     model = twins.twins()[1]
     forward = model.forward
 
-
     def counted(packed_tokens, **inputs):
         assert int(inputs["attention_mask"].sum()) == packed_tokens
         calls.append(packed_tokens)

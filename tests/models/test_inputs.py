@@ -316,6 +316,8 @@ def test_sequence_arguments_need_one_row_without_a_mask():
     inputs = twins.batch()
     cu_seqlens = torch.tensor([0, 10, 37], dtype=torch.int32)
     assert_refused(ValueError, "cu_seq_lens_q.* a batch of 5 rows", **inputs, cu_seq_lens_q=cu_seqlens)
+    one = {name: value[:1] for name, value in inputs.items()}
+    assert_refused(ValueError, "no attention_mask", **one, cu_seq_lens_q=cu_seqlens)
     assert_refused(ValueError, "cu_seq_lens_q is needed", input_ids=inputs["input_ids"][:1], max_length_q=37)
     with pytest.raises(ValueError, match=r"cu_seq_lens_q can't be honoured here, since .*eager"):
         twins.twins(attn_implementation="eager")[1](input_ids=inputs["input_ids"][:1], cu_seq_lens_q=cu_seqlens)

@@ -333,6 +333,8 @@ def test_arguments_by_place():
         fast(*first, context, context_mask, None, None, None, None)
     with pytest.raises(TypeError, match="each of them once"):
         fast(*first, context, encoder_hidden_states=context)
+    with pytest.raises(TypeError, match="each of them once"):
+        fast(*first, context, context_mask, encoder_hidden_states=context)
 
 
 def test_the_signature_is_stock_s():

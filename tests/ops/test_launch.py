@@ -179,6 +179,38 @@ def test_float32_is_split_unless_torch_allows_tf32(monkeypatch, allowed, dtype, 
     assert triton_utils.dot_precision(dtype) == expected
 
 
+@pytest.fixture
+def asked_anew():
+    caches = (triton_utils._capability_of_all, triton_utils._capability_of, triton_utils.multiprocessors)
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.parametrize("devices", [[(9, 0)], [(8, 6), (8, 6)], [(8, 6), (9, 0)], [(7, 5), (12, 1), (7, 5)]], ids=str)
+def test_capability_of_the_present_device(devices, monkeypatch):
+    """Which device is present is asked only where they differ."""
+    present = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: devices[index])
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: present[-1])
+    for index, (major, minor) in enumerate(devices):
+        present.append(index)
+        if len(set(devices)) == 1:
+            present.clear()
+        assert triton_utils.capability() == 10 * major + minor
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_multiprocessors(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=7))
+    assert triton_utils.multiprocessors(torch.device("cuda", 1)) == 7
+    assert triton_utils.multiprocessors(torch.device("cpu")) == 132
+
+
 def test_rows_are_copied_only_where_they_must_be():
     x = torch.randn(4, 3, 8)
     assert triton_utils.rows_of(x).shape == (12, 8)

@@ -3,12 +3,14 @@
 import dataclasses
 import importlib
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fastbert.ops
 from fastbert.backends import extension, select
+from fastbert.ops.attention import api as attention_api
 
 OPS = (
     "attention",
@@ -240,6 +242,26 @@ def test_kernels_come_first_on_a_gpu(p, dtype, monkeypatch):
     if extension.missing_cuda() is None:
         expected |= {"bias_dropout_residual": "cuda", "bias_dropout_residual_layer_norm": "cuda"}
     assert {op: select.table(op).choose(None, request) for op in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [
+        (ImportError("no such file"), "the package flash-attn can't be imported (no such file): `pip install flash-"),
+        (SimpleNamespace(), "the installed flash-attn is older than 2.7: `pip install --upgrade flash-attn"),
+        (SimpleNamespace(_wrapped_flash_attn_varlen_forward=1), None),
+    ],
+    ids=["absent", "old", "new"],
+)
+def test_what_flash_attn_lacks(found, told, monkeypatch):
+    def import_module(name):
+        if isinstance(found, ImportError):
+            raise found
+        return found
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    reason = attention_api._import_flash_attn.__wrapped__()
+    assert reason is None if told is None else reason.startswith(told)
 
 
 @pytest.mark.parametrize("capability", [None, (8, 9), (9, 0), (10, 0)])

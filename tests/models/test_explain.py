@@ -190,6 +190,8 @@ def test_explain_tells_why_a_model_is_padded(changes, reason):
     by_part = {row.part: row for row in fastbert.explain(fast)}
     assert (by_part["layout"].implementation, by_part["layout"].reason) == ("padded", reason)
     # The padded way computes these as Hugging Face does.
+    fast(**twins.batch())
+    assert not rows_of(fast, "last forward")
     for part in ("embeddings", "query, key, value", "attention"):
         assert by_part[part].reason == reason
         assert not by_part[part].implementation.startswith(("ops.", "onednn"))

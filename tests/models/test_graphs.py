@@ -485,11 +485,12 @@ def test_on_a_cpu_the_model_runs_and_says_why():
     assert output.last_hidden_state.shape == (1, 8, 64)
 
 
-def test_lengths_beyond_the_models_are_left_out(on_cpu):
-    graphed = fastbert.cuda_graphs(twins.twins(max_position_embeddings=20)[1], lengths=(16, 64))
+@pytest.mark.parametrize(("lengths", "largest"), [((16, 64), 16), ((64,), "none")])
+def test_lengths_beyond_the_models_are_left_out(on_cpu, lengths, largest):
+    graphed = fastbert.cuda_graphs(twins.twins(max_position_embeddings=20)[1], lengths=lengths)
     with torch.no_grad():
         graphed(**twins.batch(1, 18))
-    assert graphed.route == "the length is 18, and the largest bucket 16"
+    assert graphed.route == f"the length is 18, and the largest bucket {largest}"
 
 
 def test_what_is_not_fastberts_is_refused():

@@ -316,6 +316,7 @@ def test_sequence_arguments_need_one_row_without_a_mask():
     inputs = twins.batch()
     cu_seqlens = torch.tensor([0, 10, 37], dtype=torch.int32)
     assert_refused(ValueError, "cu_seq_lens_q.* a batch of 5 rows", **inputs, cu_seq_lens_q=cu_seqlens)
+    assert_refused(ValueError, "a batch of 5 rows", input_ids=inputs["input_ids"], cu_seq_lens_q=cu_seqlens)
     one = {name: value[:1] for name, value in inputs.items()}
     assert_refused(ValueError, "no attention_mask", **one, cu_seq_lens_q=cu_seqlens)
     assert_refused(ValueError, "cu_seq_lens_q is needed", input_ids=inputs["input_ids"][:1], max_length_q=37)

@@ -131,6 +131,31 @@ def test_padding_that_is_read_is_padded(known):
     assert known == ["dropped", "kept"]
 
 
+def test_without_a_pooler_no_padding_is_read(known):
+    model, inputs = make(), batch("left")
+    model.pooler = None
+    outputs(model)
+    actual = outputs(model, inputs)
+    assert known == ["kept"]
+    assert model.route == "packed"
+    assert torch.equal(actual.last_hidden_state, usual(model, inputs).last_hidden_state)
+
+
+@pytest.mark.parametrize("kind", ["none", "right"])
+@pytest.mark.parametrize("rows", [1, 2, 4])
+def test_token_types_of_another_number_of_rows(kind, rows, known):
+    """One row is for all; others are refused, before anything reads beyond them."""
+    model, inputs = make(), batch(kind)
+    outputs(model)
+    inputs["token_type_ids"] = batch(kind, sizes=(rows, 7))["token_type_ids"]
+    if rows == 1:
+        assert torch.equal(outputs(model, inputs).last_hidden_state, usual(model, inputs).last_hidden_state)
+    else:
+        with pytest.raises((RuntimeError, ValueError)):
+            outputs(model, inputs)
+    assert "dropped" not in known
+
+
 def test_forms_of_the_output(known):
     model = make()
     outputs(model)
@@ -202,6 +227,7 @@ CHANGES = {
     "in place": lambda m: m.embeddings.word_embeddings.weight.data.mul_(1.5),
     "eps": lambda m: setattr(m.embeddings.LayerNorm, "eps", 0.3),
     "another norm": lambda m: setattr(m.embeddings, "LayerNorm", nn.LayerNorm(16, eps=0.1, device=DEVICE)),
+    "another class": lambda m: setattr(m.embeddings, "__class__", Shifted),
     "a forward": lambda m: setattr(m.embeddings.LayerNorm, "forward", lambda x: 2 * x),
     "dropout": lambda m: m.embeddings.dropout.train().__setattr__("p", 0.5),
     "a pooler": lambda m: setattr(m.pooler, "activation", nn.ReLU()),
@@ -212,6 +238,11 @@ CHANGES = {
     "a module of another dtype": lambda m: m.embeddings.LayerNorm.to(torch.bfloat16),
     "a frozen layer's dtype": lambda m: m.encoder.layer[1].to(torch.float64),
 }
+
+
+class Shifted(layers.BertEmbeddings):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs) + 1
 
 
 def _scale(module):
@@ -248,6 +279,22 @@ def test_a_change_between_two_forwards_is_seen(change, known):
         )
         or model.pooler is None
     )
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_model_that_was_changed_before(change):
+    """What was changed before the first forward is in the plan, or there is none."""
+    model = make()
+    change(model)
+    found = []
+    for run in (usual, outputs, outputs, outputs):
+        torch.manual_seed(3)
+        try:
+            found.append(run(model).to_tuple())
+        except (RuntimeError, TypeError, ValueError) as error:
+            found.append(type(error))
+    for other in found[1:]:
+        assert other == found[0] if isinstance(other, type) else all(map(torch.equal, other, found[0]))
 
 
 def test_a_hook_runs_once_a_forward(known):

@@ -89,7 +89,8 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
         if job["name"] and not apply(mutants[job["name"]], functions):
             os.write(answer, b"unapplied")
             os._exit(2)
-        todo = [items[name] for name in job["tests"] if name in items]
+        named = items if job["tests"] is None else job["tests"]
+        todo = [items[name] for name in named if name in items]
         for item, following in zip(todo, [*todo[1:], None], strict=True):
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
             if _failures:

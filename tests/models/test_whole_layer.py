@@ -182,6 +182,24 @@ def test_what_one_call_cannot_serve(change, reason, calls, model, dtype):
     assert not calls
 
 
+@pytest.mark.parametrize("path", ["attention.self", "attention.output.dropout", "output.dropout"])
+def test_one_part_in_training_mode_drops(path, calls, model, dtype):
+    """In a model that is in eval mode otherwise, as for an estimate by many masks."""
+    fast = model(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5)
+    layer = fast.encoder.layer[1]
+    layer.get_submodule(path).train()
+    torch.manual_seed(7)
+    first, second = states(fast), states(fast)
+    assert layer not in calls
+    assert len(calls) == 4
+    assert not torch.allclose(first, second, atol=0.1)
+    torch.manual_seed(7)
+    assert_near(first, in_parts(fast), dtype)
+    with torch.no_grad():
+        told = layer.divided(torch.zeros(1, 96, dtype=dtype))
+    assert told == "one call for all of it has no dropout"
+
+
 def test_training_and_gradients_run_the_parts(calls, model):
     fast = model(hidden_dropout_prob=0.1)
     fast.train()

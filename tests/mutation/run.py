@@ -236,9 +236,8 @@ def report(found: list[operators.Mutant], known: dict[str, list[dict[str, Any]]]
         if where != last:
             print(where)
             last = where
-        state = (
-            "no test reaches it" if not rows else "" if rows[-1]["all"] else f"in {rows[-1]['budget']:.0f} s of tests"
-        )
+        tried_all = any(row["all"] for row in rows)
+        state = "" if tried_all else f"in {rows[-1]['budget']:.0f} s of tests" if rows else "no test reaches it"
         print(f"    column {mutant.column}: {mutant.change}  {state}")
     print(f"{killed} of {tried} mutants killed; {len(unreached)} more reached by no test; {len(found)} in all")
 

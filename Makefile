@@ -69,7 +69,7 @@ sanitize: $(READY)
 	$(BIN)/python -m pytest tests/native tests/ops/test_compiled.py --everything
 
 mutants: $(READY)
-	$(BIN)/python tests/mutation/run.py $(addprefix --only ,$(ONLY)) $(ARGS)
+	PYTHONPATH=tests $(BIN)/python -m mutation.run $(addprefix --only ,$(ONLY)) $(ARGS)
 
 bench: $(PEERS)
 	$(BIN)/fastbert bench --out benchmarks/results

@@ -303,18 +303,6 @@ def test_hooks_see_what_hugging_face_shows_them(part):
     torch.testing.assert_close(actual[where], expected[where], atol=1e-5, rtol=1e-5)
 
 
-def test_a_hook_of_attention_is_called_once_where_nothing_is_to_be_learnt():
-    """With gradients enabled, and no parameter that asks for one."""
-    reference, fast = (model.requires_grad_(False) for model in twins.twins())
-    calls = []
-    fast.encoder.layer[0].attention.self.register_forward_hook(lambda *_: calls.append(1))
-    inputs = twins.batch()
-    where = twins.valid(inputs)
-    found, expected = (model(**inputs).last_hidden_state[where] for model in (fast, reference))
-    assert calls == [1]
-    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
-
-
 @pytest.mark.parametrize(
     "part", [hf.BertPredictionHeadTransform, hf.BertIntermediate, hf.BertSelfOutput, hf.BertOutput]
 )

@@ -55,7 +55,7 @@ SWAPPED = {"any": "all", "all": "any", "min": "max", "max": "min"}
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 # From the module to a node: its parent, the parent's field, and the place in it if the field is a list.
-Path_ = tuple[tuple[ast.AST, str, int | None], ...]
+TreePath = tuple[tuple[ast.AST, str, int | None], ...]
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,7 @@ class Mutant:
     """First and last line of the statement that is changed."""
     in_function: bool
     """Whether the code of a function alone is changed, not what importing the module does."""
-    _tree: ast.Module
-    _path: Path_
+    _path: TreePath
     _node: ast.AST
 
     @property
@@ -120,7 +119,7 @@ def mutants(file: str) -> list[Mutant]:
     known = {_content(original(file))}
     kept = []
     for number, (line, column, change, text, statement, inside, path, new) in enumerate(found):
-        mutant = Mutant(file, number, line, column, change, text, statement, inside, tree, path, new)
+        mutant = Mutant(file, number, line, column, change, text, statement, inside, path, new)
         try:
             content = _content(mutant.code())
         except (SyntaxError, ValueError):
@@ -131,8 +130,8 @@ def mutants(file: str) -> list[Mutant]:
     return kept
 
 
-def _nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, Path_]]:
-    stack: list[tuple[ast.AST, Path_]] = [(tree, ())]
+def _nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, TreePath]]:
+    stack: list[tuple[ast.AST, TreePath]] = [(tree, ())]
     while stack:
         node, path = stack.pop()
         yield node, path
@@ -143,7 +142,7 @@ def _nodes(tree: ast.Module) -> Iterator[tuple[ast.AST, Path_]]:
                 stack += [(one, (*path, (node, field, i))) for i, one in enumerate(value) if isinstance(one, ast.AST)]
 
 
-def _left_alone(node: ast.AST, path: Path_) -> bool:
+def _left_alone(node: ast.AST, path: TreePath) -> bool:
     chain = [parent for parent, _, _ in path] + [node]
     return (
         any(field in ("annotation", "returns") for _, field, _ in path)
@@ -153,7 +152,7 @@ def _left_alone(node: ast.AST, path: Path_) -> bool:
     )
 
 
-def _statement(node: ast.AST, path: Path_) -> tuple[int, int]:
+def _statement(node: ast.AST, path: TreePath) -> tuple[int, int]:
     chain = [node, *(parent for parent, _, _ in reversed(path))]
     for one in chain:
         if isinstance(one, (ast.stmt, ast.ExceptHandler)):
@@ -162,7 +161,7 @@ def _statement(node: ast.AST, path: Path_) -> tuple[int, int]:
     return 1, 1
 
 
-def _in_function(path: Path_) -> bool:
+def _in_function(path: TreePath) -> bool:
     for parent, field, _ in path:
         if isinstance(parent, (*FUNCTIONS, ast.Lambda)):
             return field == "body"
@@ -186,9 +185,12 @@ def _without(values: list[Any], place: int) -> list[Any]:
     return values[:place] + values[place + 1 :]
 
 
-def _changes(node: Any, path: Path_) -> Iterator[tuple[str, ast.AST]]:
+def _changes(node: Any, path: TreePath) -> Iterator[tuple[str, ast.AST]]:
     """What is changed, and the node that takes ``node``'s place."""
-    at = lambda new: ast.copy_location(new, node)  # noqa: E731
+
+    def at(new: Any) -> Any:
+        return ast.copy_location(new, node)
+
     parent, field, _ = path[-1] if path else (None, "", None)
     match node:
         case ast.Compare():

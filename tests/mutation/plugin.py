@@ -44,7 +44,6 @@ def pytest_configure(config: pytest.Config) -> None:
     if JOBS:
         # A process that had threads can't fork; the children may have them.
         torch.set_num_threads = lambda count: None
-        torch.set_num_threads.__wrapped__ = _set_num_threads
         _set_num_threads(1)
 
 
@@ -163,7 +162,8 @@ def run_forks(jobs: list[dict[str, Any]], child: Any, results: str) -> None:
                 for late, (job, reader, start, _) in list(running.items()):
                     if time.monotonic() - start > job["limit"]:
                         running[late] = (job, reader, start, "took too long")
-                        os.killpg(late, signal.SIGKILL)
+                        with contextlib.suppress(ProcessLookupError):
+                            os.killpg(late, signal.SIGKILL)
                 time.sleep(0.02)
                 continue
             job, reader, start, late_reason = running.pop(pid)

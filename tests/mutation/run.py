@@ -28,12 +28,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+import pytest
+from mutation import operators
 
-import pytest  # noqa: E402
-from mutation import operators  # noqa: E402
-
+ROOT = operators.ROOT
 LEFT_OUT = ("cli", "mutation", "native", "packaging")
 # As in the Makefile.
 PASSES = {
@@ -150,9 +148,9 @@ def settled(rows: list[dict[str, Any]], name: str, budget: float) -> bool:
 
 def import_anew(jobs: list[dict[str, Any]], options: list[str], path: Path) -> None:
     """Runs mutants of what a module's import does: forks of a process that has imported all but fastbert."""
-    os.chdir(ROOT)
-    os.environ.update(ENVIRONMENT)
-    sys.path[:0] = [str(ROOT)]
+    named = sorted({test for job in jobs for test in job["tests"]})
+    if run_pytest(["-p", "no:xdist", "--collect-only", *options, *named]):
+        raise SystemExit("Tests have other names than when their reach was measured: begin anew, with another --out.")
     for name in ("torch", "transformers.masking_utils", "transformers.models.bert.modeling_bert"):
         importlib.import_module(name)
     from mutation import plugin
@@ -194,7 +192,8 @@ def main() -> None:
     found = found[: round(len(found) * chosen.share)]
     shared = {"MUTATION_JOBS": str(out / "jobs.json"), "MUTATION_RESULTS": str(kept)}
     if chosen.tests:
-        alive = [one for one in found if one.in_function and not settled(results(kept)[one.name], "", 0.0)]
+        known = results(kept)
+        alive = [one for one in found if one.in_function and not settled(known[one.name], "", 0.0)]
         settings = {"tests": None, "pass": "chosen", "budget": 0.0, "all": False, "limit": 600}
         (out / "jobs.json").write_text(json.dumps([{"name": one.name, "file": one.file, **settings} for one in alive]))
         run_pytest(["-s", "-p", "no:xdist", *chosen.tests], **shared)
@@ -207,17 +206,20 @@ def main() -> None:
         kills = killers(known)
         jobs: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
         for mutant in found:
+            if settled(known[mutant.name], name, chosen.budget):
+                unreached.discard(mutant.name)
+                continue
             one = job(mutant, lines[mutant.file], durations, kills, chosen.budget)
             if one["tests"]:
                 unreached.discard(mutant.name)
-                if not settled(known[mutant.name], name, chosen.budget):
-                    jobs[mutant.in_function].append({**one, "pass": name})
+                jobs[mutant.in_function].append({**one, "pass": name})
         for in_function, some in jobs.items():
             (out / "jobs.json").write_text(json.dumps(some))
             if some and in_function:
                 run_pytest(["-s", "-p", "no:xdist", *options], **shared)
             elif some:
-                subprocess.run([sys.executable, __file__, "--out", out, "--import-anew", name], check=True)
+                anew = [sys.executable, "-m", "mutation.run", "--out", out, "--import-anew", name]
+                subprocess.run(anew, cwd=ROOT, env=ENVIRONMENT, check=True)
     report(found, results(kept), unreached)
 
 

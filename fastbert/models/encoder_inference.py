@@ -123,13 +123,13 @@ def _new_plan(encoder: Any) -> list[Layer]:
         attend: Any = layer.attention.self
         if layers.unusual(attend, layers.BertSelfAttention) or attend.unfused() is not None:
             return []
-        out, up, down = layer.attention.output, layer.intermediate, layer.output
-        approximate = layers.gelu_approximation(up.intermediate_act_fn)
+        (out,), (up,), (down,) = (part.linears() for part in (layer.attention.output, layer.intermediate, layer.output))
+        approximate = layers.gelu_approximation(layer.intermediate.intermediate_act_fn)
         assert approximate is not None
         made = Layer(
-            *(attend, out.dense.weight, out.dense.bias, out.LayerNorm),
-            *(up.dense.weight, up.dense.bias, approximate),
-            *(down.dense.weight, down.dense.bias, down.LayerNorm),
+            *(attend, out.weight, out.bias, layer.attention.output.LayerNorm),
+            *(up.weight, up.bias, approximate),
+            *(down.weight, down.bias, layer.output.LayerNorm),
         )
         if not _fits(made, *attend.query.weight.shape):
             return []

@@ -167,7 +167,7 @@ def _fused_or_op(
     reason = module.unfused() if hasattr(module, "unfused") else f"it is a {type(module).__name__}"
     if reason:
         return Part(path, part, "Hugging Face", reason)
-    dense = getattr(module, "dense", None)
+    dense = module.linears()[0] if hasattr(module, "linears") else None
     if dense is not None and (called := layers.unusual(dense, nn.Linear)):
         rest = _op(path, part, op, request)
         return dataclasses.replace(rest, implementation=f"dense, then {rest.implementation}", reason=f"dense: {called}")
@@ -194,8 +194,7 @@ def _linear(path: str, part: str, module: Any, training: bool, gain: str) -> Par
     reason: str | None = module.unfused()
     if reason:
         return Part(path, part, "modules, one by one", reason)
-    dense = getattr(module, "dense", None) or module.query
-    assert isinstance(dense, nn.Linear)
+    dense = module.linears()[0]
     if training:
         return Part(path, part, "torch linear", "gradients are needed, and a prepacked weight has none")
     with torch.no_grad():

@@ -84,8 +84,8 @@ class GraphedModel(nn.Module):
 
     Padding may be anywhere in a row; but as under ``torch.compile``, the pooled output of a row that begins with it is
     NaN. Weights may be changed in place (``load_state_dict``, an optimizer's step); where they move (``to``), or where
-    modules or hooks change, graphs are captured again. Outputs are copies, so the next call leaves them as they are.
-    Calls of several threads wait for each other.
+    modules, hooks or the switches of adapters change, graphs are captured again. Outputs are copies, so the next call
+    leaves them as they are. Calls of several threads wait for each other.
 
     Attributes:
         model: the model.

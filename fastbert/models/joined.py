@@ -88,7 +88,7 @@ def plan_of(encoder: Any, known: encoder_plan.EncoderPlan) -> Plan:
 def _new_plan(encoder: Any) -> Plan:
     attentions = [layer.attention.self for layer in encoder.layer]
     chosen = [one for one in attentions if _is_plain(one.query.weight) and one.unfused() is None]
-    linears = [linear for attention in chosen for linear in (attention.query, attention.key, attention.value)]
+    linears = [linear for attention in chosen for linear in attention.linears()]
     weights = [linear.weight for linear in linears]
     biases = [linear.bias for linear in linears if linear.bias is not None]
     # Offloaded and flattened weights are here, and in shape, only while their layer runs.
@@ -96,8 +96,8 @@ def _new_plan(encoder: Any) -> Plan:
         linear.weight.shape != (linear.out_features, linears[0].in_features) for linear in linears
     ):
         return Plan([], [], [], [], [], [])
-    biased = [attention.query.bias is not None for attention in chosen]
-    rows = [3 * attention.query.weight.shape[0] for attention in chosen]
+    biased = [linear.bias is not None for linear in linears[::3]]
+    rows = [3 * linear.weight.shape[0] for linear in linears[::3]]
     bias_rows = [count for count, has_bias in zip(rows, biased, strict=True) if has_bias]
     return Plan(chosen, weights, biases, biased, rows, bias_rows)
 

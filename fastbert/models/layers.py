@@ -72,6 +72,17 @@ def unusual(module: nn.Module, kind: type[nn.Module]) -> str | None:
     return None
 
 
+def without_adapter(module: Any) -> Any:
+    """The layer inside a LoRA layer of PEFT that is switched off or merged, and only calls it; otherwise ``module``."""
+    kind = type(module)
+    if kind is nn.Linear or torch.compiler.is_compiling():
+        return module
+    if (kind.__module__, kind.__name__) != ("peft.tuners.lora.layer", "Linear") or unusual(module, kind):
+        return module
+    # One that is switched off while it is merged first takes itself out of the weight.
+    return module.base_layer if module.disable_adapters != module.merged else module
+
+
 def _irregular_linear(linear: Any) -> str | None:
     """Why the tensors of a Linear aren't those of a product and a bias for each of its columns, in one sentence."""
     weight, bias = linear.weight.shape, linear.bias
@@ -161,7 +172,7 @@ def _prepacked(owner: nn.Module, x: Tensor, *linears: nn.Linear) -> prepacked.Pa
 
 def _dense_dropout_residual_norm(module: Any, hidden_states: Tensor, residual: Tensor, seed: Tensor | None) -> Tensor:
     """LayerNorm(residual + dropout(dense(hidden_states)))."""
-    dense, norm, p = module.dense, module.LayerNorm, dropout_p(module.dropout)
+    (dense,), norm, p = module.linears(), module.LayerNorm, dropout_p(module.dropout)
     bias: Tensor | None = None
     if unusual(dense, nn.Linear):
         projected = dense(hidden_states)
@@ -267,14 +278,20 @@ class BertEmbeddings(upstream.BertEmbeddings):
 class BertSelfAttention(upstream.BertSelfAttention):
     """Query, key and value in one product, then attention within each sequence."""
 
+    def linears(self) -> tuple[Any, Any, Any]:
+        """The modules that project to queries, keys and values."""
+        return without_adapter(self.query), without_adapter(self.key), without_adapter(self.value)
+
     def unfused(self) -> str | None:
         """Why the three projections can't run as one product, in one sentence; None when they can."""
-        for name in ("query", "key", "value"):
-            if reason := unusual(getattr(self, name), nn.Linear):
+        linears = self.linears()
+        for name, linear in zip(("query", "key", "value"), linears, strict=True):
+            if reason := unusual(linear, nn.Linear):
                 return f"{name}: {reason}"
-        if not self.query.weight.shape == self.key.weight.shape == self.value.weight.shape:
+        query, key, value = linears
+        if not query.weight.shape == key.weight.shape == value.weight.shape:
             return "query, key and value have weights of different shapes"
-        biases = [self.query.bias, self.key.bias, self.value.bias]
+        biases = [linear.bias for linear in linears]
         if any(b is None for b in biases) and any(b is not None for b in biases):
             return "only some of query, key and value have a bias"
         return None
@@ -322,7 +339,7 @@ class BertSelfAttention(upstream.BertSelfAttention):
         if projections and (projection := projections.get(self)):
             prepacked.drop(self)
             return F.linear(hidden_states, projection.weight, projection.bias)
-        linears = (self.query, self.key, self.value)
+        linears = self.linears()
         if self.unfused():
             found = [linear(hidden_states) for linear in linears]
             if not found[0].shape == found[1].shape == found[2].shape:
@@ -332,15 +349,24 @@ class BertSelfAttention(upstream.BertSelfAttention):
         if packed := _prepacked(self, hidden_states, *linears):
             return prepacked.linear(hidden_states, packed)
         weight = torch.cat([linear.weight for linear in linears])
-        bias = None if self.query.bias is None else torch.cat([linear.bias for linear in linears])
+        bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
         return F.linear(hidden_states, weight, bias)
 
 
-class _ResidualOutput:
-    """What ``BertSelfOutput`` and ``BertOutput`` share: dense, dropout, residual and LayerNorm."""
+class _Dense:
+    """A part with one product, fused with what follows also for padded states."""
 
     config: BertConfig | None = None
     dense: nn.Linear
+
+    def linears(self) -> tuple[Any]:
+        """The module of the product."""
+        return (without_adapter(self.dense),)
+
+
+class _ResidualOutput(_Dense):
+    """What ``BertSelfOutput`` and ``BertOutput`` share: dense, dropout, residual and LayerNorm."""
+
     LayerNorm: nn.LayerNorm
 
     def unfused(self) -> str | None:
@@ -382,42 +408,38 @@ class BertAttention(upstream.BertAttention):
         return self.output(context, hidden_states, seed=_at(seeds, 1)), None
 
 
-class BertIntermediate(upstream.BertIntermediate):
+class BertIntermediate(_Dense, upstream.BertIntermediate):
     """Dense and GELU."""
-
-    config: BertConfig | None = None
 
     def unfused(self) -> str | None:
         """Why product and activation can't run as one op, in one sentence; None when they can."""
-        return stock_asked_for(self.config) or _gelu_reason(self.dense, self.intermediate_act_fn)
+        return stock_asked_for(self.config) or _gelu_reason(*self.linears(), self.intermediate_act_fn)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., H]`` -> ``[..., I]``."""
         if args or kwargs or self.unfused() or unserved(hidden_states):
             unfused: Tensor = super().forward(hidden_states, *args, **kwargs)
             return unfused
-        return _linear_gelu(self, self.dense, self.intermediate_act_fn, hidden_states)
+        return _linear_gelu(self, self.intermediate_act_fn, hidden_states)
 
 
 class BertOutput(_ResidualOutput, upstream.BertOutput):
     """Dense, dropout, residual and LayerNorm after the activation."""
 
 
-class BertPredictionHeadTransform(upstream.BertPredictionHeadTransform):
+class BertPredictionHeadTransform(_Dense, upstream.BertPredictionHeadTransform):
     """Dense, GELU and LayerNorm in front of the vocabulary."""
-
-    config: BertConfig | None = None
 
     def unfused(self) -> str | None:
         """Why product and activation can't run as one op, in one sentence; None when they can."""
-        return stock_asked_for(self.config) or _gelu_reason(self.dense, self.transform_act_fn)
+        return stock_asked_for(self.config) or _gelu_reason(*self.linears(), self.transform_act_fn)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """``[..., H]`` -> ``[..., H]``."""
         if args or kwargs or self.unfused() or unserved(hidden_states):
             unfused: Tensor = super().forward(hidden_states, *args, **kwargs)
             return unfused
-        normalised: Tensor = self.LayerNorm(_linear_gelu(self, self.dense, self.transform_act_fn, hidden_states))
+        normalised: Tensor = self.LayerNorm(_linear_gelu(self, self.transform_act_fn, hidden_states))
         return normalised
 
 
@@ -436,7 +458,7 @@ class BertLayer(upstream.BertLayer):
             ("output", self.output, BertOutput),
         )
         for name, part, kind in parts:
-            if reason := unusual(part, kind) or part.unfused() or unusual(part.dense, nn.Linear):
+            if reason := unusual(part, kind) or part.unfused() or unusual(part.linears()[0], nn.Linear):
                 return f"{name}: {reason}"
         return None
 
@@ -503,8 +525,9 @@ class BertLayer(upstream.BertLayer):
         if projections and (projection := projections.get(attend)):
             weights, biases = (projection.weight,), (projection.bias,)
         else:
-            weights = (attend.query.weight, attend.key.weight, attend.value.weight)
-            biases = (attend.query.bias, attend.key.bias, attend.value.bias)
+            linears = attend.linears()
+            weights = tuple(linear.weight for linear in linears)
+            biases = tuple(linear.bias for linear in linears)
         return layer_training.Attention(
             weights,
             tuple(bias for bias in biases if bias is not None),
@@ -554,11 +577,13 @@ class BertLayer(upstream.BertLayer):
         return whole_layer.reason(self, x)
 
     def _parameters_after_attention(self) -> layer_training.Parameters:
-        out, up, down = self.attention.output, self.intermediate.dense, self.output
+        parts: tuple[Any, ...] = (self.attention.output, self.intermediate, self.output)
+        (out,), (up,), (down,) = (part.linears() for part in parts)
+        norm1, norm2 = parts[0].LayerNorm, parts[2].LayerNorm
         return layer_training.Parameters(
-            *(out.dense.weight, out.dense.bias, out.LayerNorm.weight, out.LayerNorm.bias),
+            *(out.weight, out.bias, norm1.weight, norm1.bias),
             *(up.weight, up.bias),
-            *(down.dense.weight, down.dense.bias, down.LayerNorm.weight, down.LayerNorm.bias),
+            *(down.weight, down.bias, norm2.weight, norm2.bias),
         )
 
     def _feed_forward(self, x: Tensor, batch: int, seed: Tensor | None) -> Tensor:
@@ -623,8 +648,7 @@ def _is_plain(layer: nn.Module, watched: set[int]) -> bool:
     attend: Any = layer.attention.self
     if not _is_plain_attention(attend):
         return False
-    linears = (attend.query, attend.key, attend.value)
-    tensors = (x for linear in linears for x in (linear.weight, linear.bias))
+    tensors = (x for linear in attend.linears() for x in (linear.weight, linear.bias))
     return all(x is None or id(x) in watched for x in (*tensors, *layer._parameters_after_attention()))
 
 
@@ -633,8 +657,8 @@ def _is_plain_attention(attention: Any) -> bool:
     return unusual(attention, BertSelfAttention) is None and attention.unfused() is None
 
 
-def _linear_gelu(owner: nn.Module, dense: nn.Linear, activation: nn.Module, x: Tensor) -> Tensor:
-    approximate = gelu_approximation(activation)
+def _linear_gelu(owner: Any, activation: nn.Module, x: Tensor) -> Tensor:
+    (dense,), approximate = owner.linears(), gelu_approximation(activation)
     assert approximate is not None
     if packed := _prepacked(owner, x, dense):
         return prepacked.linear_gelu(x, packed, approximate)

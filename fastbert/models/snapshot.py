@@ -19,6 +19,9 @@ _CHILDREN = itemgetter("_modules")
 _HOOKS = tuple(map(itemgetter, ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")))
 _TENSORS = tuple(map(itemgetter, ("_parameters", "_buffers")))
 _VALUES = methodcaller("values")
+# What the kernels are given of a module, besides its tensors.
+_NUMBERS = ("training", "eps", "scaling")
+_SCALARS = (bool, str, int, float)
 
 Dicts = list[dict[str, Any]]
 
@@ -27,9 +30,10 @@ class Snapshot:
     """A module ``root`` and modules below it as they are now, and what was found out about them.
 
     It holds as long as each has its class, its children, its hooks and its ``forward``, whether that is the class's or
-    one that took its place; with ``tensors`` also its parameters, buffers and mode. Of tensors the objects and their
-    types count: what is in them, and where, is for the caller to look at. Modules of TorchScript show other children at
-    every look, so that no snapshot of them holds.
+    one that took its place; with ``tensors`` also its parameters, buffers, mode, eps and scaling, and the settings of a
+    module of another package, as an adapter that is switched off. Of tensors the objects and their types count: what
+    is in them, and where, is for the caller to look at. Modules of TorchScript show other children at every look, so
+    that no snapshot of them holds.
 
     A copy of a snapshot, a pickled one included, is None, as it would be of other modules. ``root`` isn't kept: it may
     have snapshots of itself among its attributes, and is still freed with its last reference.
@@ -54,7 +58,9 @@ class Snapshot:
         held = _tensors(dicts) if tensors else []
         self._held = held
         self._tensor_ids, self._tensor_types = list(map(id, held)), list(map(type, held))
-        self._modes = _values(dicts, "training")
+        self._numbers = [_values(dicts, name) for name in _NUMBERS] if tensors else []
+        self._others = [own for kind, own in zip(self._types, dicts, strict=True) if tensors and _is_foreign(kind)]
+        self._settings = list(map(_settings, self._others))
         self.tensors: list[Tensor] = [tensor for tensor in held if tensor is not None]
 
     def holds(self, root: nn.Module) -> bool:
@@ -74,13 +80,37 @@ class Snapshot:
         held = _tensors(dicts)
         if list(map(id, held)) != self._tensor_ids or list(map(type, held)) != self._tensor_types:
             return False
-        return _values(dicts, "training") == self._modes
+        if [_values(dicts, name) for name in _NUMBERS] != self._numbers:
+            return False
+        return list(map(_settings, self._others)) == self._settings
 
     def __deepcopy__(self, memo: Any) -> None:
         return None
 
     def __reduce__(self) -> Any:
         return type(None), ()
+
+
+def _is_foreign(kind: type) -> bool:
+    """Whether a class is neither torch's, nor transformers', nor fastbert's, whose settings are known."""
+    return kind.__module__.split(".")[0] not in ("torch", "transformers", "fastbert")
+
+
+def _settings(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Switches and names among a module's attributes, and the switches, names and numbers in its containers.
+
+    A number alone is left out: a module that counts its calls would never be what it was.
+    """
+    found: dict[str, Any] = {}
+    for name, value in attributes.items():
+        kind = type(value)
+        if kind is bool or kind is str:
+            found[name] = value
+        elif kind is dict:
+            found[name] = {key: one for key, one in value.items() if type(one) in _SCALARS}
+        elif kind in (list, tuple, set):
+            found[name] = kind(one for one in value if type(one) in _SCALARS)
+    return found
 
 
 def _hooks(dicts: Dicts) -> list[Any]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.bert import modeling_bert as hf
 
 from fastbert.backends import extension, host_linear, prepacked
 from fastbert.models.packing import Packing
@@ -38,7 +37,7 @@ def reason(layer: Any, x: Tensor) -> str | None:
     dtypes = {p.dtype for norm in norms for p in (norm.weight, norm.bias)}
     if dtypes not in ({x.dtype}, {torch.float32}):
         return f"the parameters of the LayerNorms aren't all {x.dtype} or all torch.float32"
-    hidden, features = x.shape[-1], layer.intermediate.dense.weight.shape[0]
+    hidden, features = x.shape[-1], _features(layer)
     if not (host_linear.fits(hidden, hidden) and host_linear.fits(features, hidden)):
         return f"a size is no multiple of {extension.module().LINEAR_MULTIPLE}"
     # What the call reads and writes follows from these sizes, so every tensor must have them.
@@ -59,7 +58,7 @@ def forward(layer: Any, x: Tensor, packing: Packing, approximate: str, workspace
     packed = [prepacked.pack(owner, linears) for owner, linears in _owners(layer)]
     norms = (layer.attention.output.LayerNorm, layer.output.LayerNorm)
     rows, hidden = x.shape
-    features, heads = layer.intermediate.dense.weight.shape[0], hidden // attention.attention_head_size
+    features, heads = _features(layer), hidden // attention.attention_head_size
     columns = module.encoder_layer_scratch(hidden, features)
     scratch = workspace.get("scratch")
     if scratch is None or scratch.numel() != rows * columns:
@@ -96,16 +95,17 @@ def forward(layer: Any, x: Tensor, packing: Packing, approximate: str, workspace
     return y if done else None
 
 
-def _owners(layer: hf.BertLayer) -> list[tuple[nn.Module, tuple[nn.Linear, ...]]]:
+def _features(layer: Any) -> int:
+    """How many there are between the products after attention."""
+    (up,) = layer.intermediate.linears()
+    return int(up.weight.shape[0])
+
+
+def _owners(layer: Any) -> list[tuple[nn.Module, tuple[nn.Linear, ...]]]:
     """The modules that own the prepacked weights, as where the parts run one by one."""
-    attention = layer.attention.self
-    return [
-        (attention, (attention.query, attention.key, attention.value)),
-        (layer.attention.output, (layer.attention.output.dense,)),
-        (layer.intermediate, (layer.intermediate.dense,)),
-        (layer.output, (layer.output.dense,)),
-    ]
+    owners = (layer.attention.self, layer.attention.output, layer.intermediate, layer.output)
+    return [(owner, owner.linears()) for owner in owners]
 
 
-def _linears(layer: hf.BertLayer) -> list[nn.Linear]:
+def _linears(layer: Any) -> list[nn.Linear]:
     return [linear for _, linears in _owners(layer) for linear in linears]

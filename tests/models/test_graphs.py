@@ -235,6 +235,14 @@ def _assign_state(model):
     model.load_state_dict({name: x * 1.1 for name, x in model.state_dict().items()}, assign=True)
 
 
+def _change_eps(model):
+    model.encoder.layer[0].output.LayerNorm.eps = 0.1
+
+
+def _change_scaling(model):
+    model.encoder.layer[0].attention.self.scaling *= 2.0
+
+
 def _ask_for_hidden_states(model):
     model.config.output_hidden_states = True
 
@@ -242,7 +250,7 @@ def _ask_for_hidden_states(model):
 CHANGES = [
     *(_replace_module, _replace_activation, _change_class, _add_hook, _add_hook_before, _replace_forward),
     *(_replace_parameter, _move_data, _swap_data, _transpose_data, _replace_buffer, _swap_layers, _cut_layers),
-    *(_drop_bias, _train_a_part, _assign_state, _ask_for_hidden_states),
+    *(_drop_bias, _train_a_part, _assign_state, _change_eps, _change_scaling, _ask_for_hidden_states),
 ]
 
 

@@ -297,6 +297,33 @@ def test_a_model_that_was_changed_before(change):
         assert other == found[0] if isinstance(other, type) else all(map(torch.equal, other, found[0]))
 
 
+def test_an_adapter_that_is_switched_between_forwards(known):
+    peft = pytest.importorskip("peft")
+    model = make()
+    bare = outputs(model).last_hidden_state
+    settings = peft.LoraConfig(target_modules=["query", "key", "value", "dense"], r=2, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings).eval()
+    for switch, same in (
+        (adapted.base_model.disable_adapter_layers, True),
+        (adapted.base_model.enable_adapter_layers, False),
+    ):
+        switch()
+        for _ in range(3):
+            states = outputs(model).last_hidden_state
+            assert torch.equal(states, usual(model).last_hidden_state)
+            assert torch.equal(states, bare) == same
+        assert (known[-1] == "kept") == same
+    adapted.merge_adapter()
+    for _ in range(3):
+        states = outputs(model).last_hidden_state
+    assert known[-1] == "kept"
+    assert torch.equal(states, usual(model).last_hidden_state)
+    assert not torch.equal(states, bare)
+    adapted.unmerge_adapter()
+    outputs(model)
+    assert known[-1] != "kept"
+
+
 def test_a_hook_runs_once_a_forward(known):
     calls = []
     model = make()

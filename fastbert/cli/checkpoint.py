@@ -138,6 +138,9 @@ def _load(
     """
     load: Callable[..., tuple[Any, dict[str, Any]]] = kind.from_pretrained
     _check_index(checkpoint)
+    for path in _weights(checkpoint):
+        # safetensors says of a file that may not be read that it isn't there.
+        path.open("rb").close()
     try:
         _check_size(checkpoint, config)
         model, report = load(

@@ -1,9 +1,11 @@
 """What a checkpoint must be: everything else is refused, in one line that says what is the matter."""
 
+import errno
 import importlib.util
 import json
 import logging
 import os
+import pathlib
 import pickle
 
 import pytest
@@ -163,6 +165,18 @@ def test_truncated_safetensors(refused, folder, kept):
     data = path.read_bytes()
     path.write_bytes(data[: int(kept * len(data)) if isinstance(kept, float) else kept])
     assert "the weights of spoilt are damaged" in refused(folder)
+
+
+def test_weights_that_may_not_be_read(refused, folder, monkeypatch):
+    weights, opened = folder / "model.safetensors", pathlib.Path.open
+
+    def denied(self, *args, **kwargs):
+        if self == weights:
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return opened(self, *args, **kwargs)
+
+    monkeypatch.setattr(pathlib.Path, "open", denied)
+    assert f"{weights}: Permission denied" in refused(folder)
 
 
 def test_a_damaged_file_leaves_no_model(folder):

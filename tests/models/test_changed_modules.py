@@ -324,3 +324,45 @@ def test_gradient_hooks_see_what_hugging_face_shows_them():
         linear.register_full_backward_hook(lambda module, given, received: seen.append((given[0], received[0])))
         model(**inputs).loss.backward()
     torch.testing.assert_close(seen[1], seen[0], atol=1e-6, rtol=1e-4)
+
+
+def test_a_hook_of_pythons_own():
+    """A method of a builtin has no module to tell whose it is."""
+    _, fast = twins.twins()
+    seen, inputs = {}, twins.batch()
+    dense = fast.encoder.layer[1].output.dense
+    dense.register_forward_pre_hook(seen.__setitem__)
+    with torch.no_grad():
+        fast(**inputs)
+    assert fast.route == "a Linear has a hook (dict.__setitem__), which may expect padded states"
+    assert seen[dense][0].shape[:2] == inputs["input_ids"].shape
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_attention_runs_once_where_nothing_is_differentiated(grad):
+    reference, fast = twins.twins()
+    calls = []
+    for model in (reference, fast):
+        model.requires_grad_(False)
+        query = model.encoder.layer[1].attention.self.query
+        query.forward = lambda x, query=query: calls.append(query) or nn.Linear.forward(query, x)
+    inputs = twins.batch()
+    with torch.set_grad_enabled(grad):
+        expected, actual = (model(**inputs).last_hidden_state[twins.valid(inputs)] for model in (reference, fast))
+    twins.assert_packed(fast)
+    assert len(calls) == 2
+    torch.testing.assert_close(actual, expected, atol=twins.TOLERANCE, rtol=twins.TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", ["inference", "autocast", "traced", "gradients"])
+def test_projections_without_biases(mode, fresh_dynamo):
+    reference, fast = twins.twins()
+    for model in (reference, fast):
+        for name in ("query", "key", "value"):
+            model.get_submodule(f"encoder.layer.1.attention.self.{name}").bias = None
+    inputs = twins.batch()
+    run = torch.compile(fast, backend="eager") if mode == "traced" else fast
+    with torch.autocast("cpu", enabled=mode == "autocast"), torch.set_grad_enabled(mode == "gradients"):
+        expected, actual = (model(**inputs).last_hidden_state[twins.valid(inputs)] for model in (reference, run))
+    tolerance = 0.1 if mode == "autocast" else twins.TOLERANCE
+    torch.testing.assert_close(actual, expected, atol=tolerance, rtol=tolerance)

@@ -1,8 +1,9 @@
 """Mutants of a file of Python: one small change each, made in its syntax tree.
 
 Comparisons, operators, constants, branches and loops are changed as by cosmic-ray. Besides, a statement, an operand,
-an element, a keyword, a decorator, an exception or a filter is left out. Annotations, docstrings, ``__all__`` and
-functions that Triton compiles stay as they are.
+an element, a keyword, a decorator, an exception or a filter is left out. Annotations, docstrings, ``__all__``,
+functions that Triton compiles, and what changes nothing unless something else is wrong (assertions, ``strict``) stay as
+they are.
 """
 
 from __future__ import annotations
@@ -146,6 +147,7 @@ def _left_alone(node: ast.AST, path: TreePath) -> bool:
     chain = [parent for parent, _, _ in path] + [node]
     return (
         any(field in ("annotation", "returns") for _, field, _ in path)
+        or any(isinstance(one, ast.Assert) or (isinstance(one, ast.keyword) and one.arg == "strict") for one in chain)
         or any(isinstance(one, FUNCTIONS) and any("jit" in ast.unparse(d) for d in one.decorator_list) for one in chain)
         or any(isinstance(one, ast.If) and "TYPE_CHECKING" in ast.unparse(one.test) for one in chain)
         or any(isinstance(one, ast.Assign) and ast.unparse(one.targets[0]) == "__all__" for one in chain)
@@ -250,7 +252,8 @@ def _changes(node: Any, path: TreePath) -> Iterator[tuple[str, ast.AST]]:
                 yield f"entry {i} left out", _with(node, keys=keys, values=values)
         case ast.Call():
             for i, keyword in enumerate(node.keywords):
-                yield f"keyword {keyword.arg} left out", _with(node, keywords=_without(node.keywords, i))
+                if keyword.arg != "strict":
+                    yield f"keyword {keyword.arg} left out", _with(node, keywords=_without(node.keywords, i))
             if isinstance(node.func, ast.Name) and (other := SWAPPED.get(node.func.id)):
                 yield f"{other} for {node.func.id}", _with(node, func=at(ast.Name(other, ast.Load())))
         case ast.AugAssign() if type(node.op) in ARITHMETIC:
@@ -260,13 +263,14 @@ def _changes(node: Any, path: TreePath) -> Iterator[tuple[str, ast.AST]]:
         case ast.FunctionDef() | ast.ClassDef():
             for i in range(len(node.decorator_list)):
                 yield f"decorator {i} left out", _with(node, decorator_list=_without(node.decorator_list, i))
-        case ast.Return() if node.value is not None and not _is_constant(node.value, None):
+        case ast.Return() if node.value is not None and not _is_false(node.value):
             yield "None returned", at(ast.Return(at(ast.Constant(None))))
         case ast.Expr(value=ast.Constant()):
             pass  # a docstring, or an ellipsis
-        case ast.Expr() | ast.Assign() | ast.AugAssign() | ast.Raise() | ast.Delete() | ast.Assert():
+        case ast.Expr() | ast.Assign() | ast.AugAssign() | ast.Raise() | ast.Delete():
             yield "statement left out", at(ast.Pass())
 
 
-def _is_constant(node: ast.AST, value: object) -> bool:
-    return isinstance(node, ast.Constant) and node.value is value
+def _is_false(node: ast.AST) -> bool:
+    """Whether None in a condition does the same."""
+    return isinstance(node, ast.Constant) and (node.value is None or node.value is False)

@@ -17,6 +17,7 @@ def f(x: int | None, y=0):
     if x is None and y > 0:
         raise ValueError("x" + "y")
     total = 0
+    assert y < 9, list(zip([1], [2], strict=True))
     for one in (x, LIMIT):
         total += one
     return max(total, y)
@@ -62,7 +63,13 @@ def test_changes(found):
         ("def g():", "decorator 0 left out", False),
         ("return f(1, y=2)", "keyword y left out", True),
     }
-    untouched = {'"""A module."""', '__all__ = ["f"]', '"""A function."""', "return x + 1"}
+    untouched = {
+        "assert y < 9, list(zip([1], [2], strict=True))",
+        '"""A module."""',
+        '__all__ = ["f"]',
+        '"""A function."""',
+        "return x + 1",
+    }
     assert not untouched & {line for line, _, _ in changes}
     assert len({one.name for one in found}) == len(found)
 

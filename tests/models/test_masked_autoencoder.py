@@ -182,7 +182,38 @@ def test_decoder_sizes():
     assert len(model.decoder.encoder.layer) == 1
     assert model.to_decoder.out_features == 48
     assert model.config.decoder_intermediate_size == 192
+    assert model.decoder.config.num_attention_heads == 3
     assert autoencoder().decoder.config.num_attention_heads == 2
+    layer = autoencoder(decoder_intermediate_size=40).decoder.encoder.layer[0]
+    assert layer.intermediate.dense.out_features == 40
+    # One head at least, of however few features.
+    assert autoencoder(decoder_hidden_size=8).decoder.config.num_attention_heads == 1
+
+
+def test_the_decoder_knows_one_word():
+    """It is learnt: no id of it is padding."""
+    decoder = autoencoder().decoder
+    words = decoder.embeddings.word_embeddings
+    assert words.weight.shape == (1, 32)
+    assert words.padding_idx is None
+
+
+def test_forms_of_the_output():
+    model, inputs = autoencoder().eval(), batch()
+    loss, logits = model(**inputs, return_dict=False)
+    found = model(**inputs)
+    assert torch.equal(found.loss, loss)
+    assert torch.equal(found.logits, logits)
+    model.config.return_dict = False
+    assert isinstance(model(**inputs), tuple)
+    assert torch.equal(model(**inputs, return_dict=True).logits, logits)
+
+
+def test_positions_of_ones_own():
+    model, inputs = autoencoder().eval(), batch()
+    places = torch.arange(37)[None]
+    assert torch.equal(model(**inputs, position_ids=places).logits, model(**inputs).logits)
+    assert not torch.allclose(model(**inputs, position_ids=places + 1).logits, model(**inputs).logits, atol=1e-3)
 
 
 @pytest.mark.parametrize(

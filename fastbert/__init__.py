@@ -6,51 +6,22 @@ and why; :func:`cuda_graphs` takes the host out of small batches on a GPU. The f
 :mod:`fastbert.ops`.
 """
 
-from transformers import BertConfig, BertPreTrainedModel
+import importlib.util
+import sys
+from pathlib import PurePath
+from typing import TYPE_CHECKING
 
-from fastbert import ops
-from fastbert._version import __version__
-from fastbert.backends.select import UnsupportedError
-from fastbert.models import interface
-from fastbert.models.bert import (
-    BertForMaskedLM,
-    BertForMultipleChoice,
-    BertForNextSentencePrediction,
-    BertForPreTraining,
-    BertForQuestionAnswering,
-    BertForSequenceClassification,
-    BertForTokenClassification,
-    BertLMHeadModel,
-    BertModel,
-)
-from fastbert.models.convert import accelerate, patch, patched, refresh, unpatch
-from fastbert.models.explain import explain
-from fastbert.models.graphs import cuda_graphs
-from fastbert.models.masked_autoencoder import BertForMaskedAutoencoding
+from fastbert._version import __version__ as __version__
 
-interface.register()
+if TYPE_CHECKING or PurePath(*sys.argv[:1]).stem != "fastbert":
+    from fastbert._public import *  # noqa: F403
+    from fastbert._public import __all__ as __all__
+else:
+    # The command of that name: its --help and a mistyped option answer without torch, which takes seconds to import.
+    def __getattr__(name):
+        if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is None:
+            from fastbert import _public
 
-__all__ = [
-    "BertConfig",
-    "BertForMaskedAutoencoding",
-    "BertForMaskedLM",
-    "BertForMultipleChoice",
-    "BertForNextSentencePrediction",
-    "BertForPreTraining",
-    "BertForQuestionAnswering",
-    "BertForSequenceClassification",
-    "BertForTokenClassification",
-    "BertLMHeadModel",
-    "BertModel",
-    "BertPreTrainedModel",
-    "UnsupportedError",
-    "__version__",
-    "accelerate",
-    "cuda_graphs",
-    "explain",
-    "ops",
-    "patch",
-    "patched",
-    "refresh",
-    "unpatch",
-]
+            if name in _public.__all__:
+                return getattr(_public, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

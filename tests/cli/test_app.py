@@ -23,6 +23,45 @@ def test_python_m_fastbert_prints_the_version_and_loads_no_command():
     assert "pyarrow" not in loaded
 
 
+AS_THE_COMMAND = """
+import sys
+sys.argv = ["/somewhere/bin/fastbert", *sys.argv[1:]]
+import fastbert.cli
+"""
+
+
+def _as_the_command(code, *arguments):
+    command = [sys.executable, "-c", AS_THE_COMMAND + code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(("arguments", "exit_code"), [(["embed", "--help"], 0), (["embed", "--txts", "x"], 2)])
+def test_the_command_answers_without_torch(arguments, exit_code):
+    code = """
+try:
+    fastbert.cli.app()
+finally:
+    assert not {"torch", "transformers", "numpy"} & set(sys.modules)
+"""
+    found = _as_the_command(code, *arguments)
+    assert found.returncode == exit_code, found.stderr
+    assert "Usage: fastbert embed" in found.stdout + found.stderr
+
+
+def test_names_are_imported_when_the_command_uses_them():
+    code = """
+assert fastbert.__version__ and "torch" not in sys.modules
+from fastbert import ops
+assert fastbert.ops is ops and not hasattr(fastbert, "_nothing") and not hasattr(fastbert, "nothing")
+from fastbert import BertModel, accelerate
+assert fastbert.BertModel is BertModel and all(hasattr(fastbert, name) for name in sys.argv[1:])
+from transformers import AttentionInterface
+assert "fastbert" in AttentionInterface()
+"""
+    found = _as_the_command(code, *fastbert.__all__)
+    assert found.returncode == 0, found.stderr
+
+
 def test_help_names_every_command():
     result = tiny.run("--help")
     assert result.exit_code == 0

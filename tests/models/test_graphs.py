@@ -493,12 +493,31 @@ def test_on_a_cpu_the_model_runs_and_says_why():
     assert output.last_hidden_state.shape == (1, 8, 64)
 
 
-@pytest.mark.parametrize(("lengths", "largest"), [((16, 64), 16), ((64,), "none")])
+@pytest.mark.parametrize("valid", [0.5, 2.0, -1.0, True, 3])
+def test_masks_of_any_numbers(graphed, valid):
+    inputs = twins.batch(4, 16)
+    wanted = expected(graphed, inputs)
+    mask = inputs["attention_mask"] * torch.tensor(valid)
+    with torch.no_grad():
+        actual = graphed(**{**inputs, "attention_mask": mask})
+    assert graphed.route == "graph 4x16"
+    torch.testing.assert_close(actual.pooler_output, wanted.pooler_output, atol=2e-5, rtol=1e-4)
+
+
+def test_a_frozen_model_needs_no_gradients(graphed):
+    graphed.model.requires_grad_(False)
+    graphed(**twins.batch(4, 16))
+    assert graphed.route == "graph 4x16"
+
+
+@pytest.mark.parametrize(("lengths", "largest"), [((16, 64), 16), ((64,), "none"), ((16, 17, 20, 21), 20)])
 def test_lengths_beyond_the_models_are_left_out(on_cpu, lengths, largest):
     graphed = fastbert.cuda_graphs(twins.twins(max_position_embeddings=20)[1], lengths=lengths)
     with torch.no_grad():
         graphed(**twins.batch(1, 18))
-    assert graphed.route == f"the length is 18, and the largest bucket {largest}"
+        assert graphed.route == (
+            "graph 1x20" if largest == 20 else f"the length is 18, and the largest bucket {largest}"
+        )
 
 
 def test_what_is_not_fastberts_is_refused():

@@ -285,11 +285,19 @@ def test_ids_that_do_not_broadcast(name, shape):
         ({"input_ids": torch.ones(37, dtype=torch.int64)}, "input_ids has shape \\(37,\\)"),
         ({"input_ids": torch.ones(2, 5, 37, dtype=torch.int64)}, "input_ids has shape \\(2, 5, 37\\)"),
         ({"inputs_embeds": torch.ones(37, 64)}, "inputs_embeds has shape \\(37, 64\\)"),
+        ({"inputs_embeds": torch.ones(5, 37, 64, 1)}, "inputs_embeds has shape \\(5, 37, 64, 1\\)"),
         ({"inputs_embeds": torch.ones(5, 37, 32)}, "inputs_embeds has 32 features; it must have hidden_size, 64"),
+        ({"inputs_embeds": torch.ones(5, 37, 96)}, "inputs_embeds has 96 features; it must have hidden_size, 64"),
     ],
 )
 def test_inputs_of_other_shapes(inputs, told):
     assert_refused(ValueError, told, **inputs)
+
+
+@pytest.mark.parametrize("shape", [(5, 1, 37, 36), (5, 1, 37, 38), (5, 1, 36, 37), (5, 1, 38, 37), (4, 1, 37, 37)])
+def test_4d_masks_of_other_shapes(shape):
+    told = "attention_mask has shape .*; a 4-D mask must be \\[5 or 1, heads or 1, 37, 37\\]"
+    assert_refused(ValueError, told, **{**twins.batch(), "attention_mask": torch.ones(shape)})
 
 
 @pytest.mark.parametrize("name", ["BertModel", *twins.HEADS])

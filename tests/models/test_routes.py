@@ -37,6 +37,7 @@ PADDED = {
     "4-D mask": ("right", {}, {}, None, four_dimensional, "a 4-D attention_mask is given"),
     "hook": ("right", {}, {}, hook_a_layer, None, "has a hook"),
     "decoder": ("right", {"is_decoder": True}, {}, None, None, "the model is a decoder"),
+    "causal": ("right", {"is_causal": True}, {}, None, None, "the configuration has is_causal=True"),
 }
 
 

@@ -35,7 +35,15 @@ class PackedLinear(NamedTuple):
 class _Checksums:
     """What parameters held: one element and a checksum of each row, a vector being one row, and more of sparse ones."""
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, described: Tensor, kept: object) -> None:
+        """``described`` (int64 ``[matrices, 7]``) is what the extension knows of each; ``kept`` holds the memory."""
+        self._described, self._kept = described, kept
+        self._table = (extension.memory(described), len(described))
+        self._turn = 0
+
+    @classmethod
+    def of(cls, parameters: Sequence[Tensor]) -> _Checksums:
+        """Those of parameters as they are now."""
         matrices = [p.detach().reshape(-1, p.shape[-1]) for p in parameters]
         rows = sum(matrix.shape[0] for matrix in matrices)
         samples = torch.empty(sum(sum(matrix.shape) for matrix in matrices), 2, dtype=torch.int32)
@@ -51,17 +59,19 @@ class _Checksums:
         assert sample == len(samples), "the extension has room for as many samples as there are rows and columns"
         described = torch.tensor(table)
         # The parameters' memory is kept with the rest, so that an address can't come to mean another tensor.
-        self._kept = (matrices, samples, checksums, described)
-        self._table = (extension.memory(described), len(table))
-        self._turn = 0
-        module = extension.module()
-        module.checksums_remember(*self._table)
-        self._compare = module.checksums_unchanged
+        made = cls(described, (matrices, samples, checksums))
+        extension.module().checksums_remember(*made._table)
+        return made
 
-    def unchanged(self) -> bool:
-        """Whether the parameters are what they were, as far as can be seen at this turn."""
-        self._turn += 1
-        same: bool = self._compare(*self._table, self._turn, torch.get_num_threads())
+    @classmethod
+    def joined(cls, several: Sequence[_Checksums]) -> _Checksums:
+        """Several, to be looked at in one call."""
+        return cls(torch.cat([one._described for one in several]), [one._kept for one in several])
+
+    def unchanged(self, turn: int | None = None) -> bool:
+        """Whether the parameters are what they were, as far as can be seen at this turn; by default at the next."""
+        self._turn = self._turn + 1 if turn is None else turn
+        same: bool = extension.module().checksums_unchanged(*self._table, self._turn, torch.get_num_threads())
         return same
 
 
@@ -131,13 +141,40 @@ def pack(owner: nn.Module, linears: Sequence[nn.Linear]) -> PackedLinear:
         return entry.packed
     with torch.no_grad(), _lock:
         # Before the weight is read: a change in between must be seen next time.
-        checksums = _Checksums(parameters)
+        checksums = _Checksums.of(parameters)
         weight = torch.cat([linear.weight.detach() for linear in linears])
         bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
         chosen = kernels(linears)
         packed = PackedLinear(chosen.pack(weight), bias, chosen)
         _entries[owner] = _Entry(stamp, checksums, packed)
     return packed
+
+
+class PackedModules:
+    """Modules whose prepacked weights are looked at in one call."""
+
+    def __init__(self, owners: Sequence[nn.Module]) -> None:
+        found = [(owner, _entries.get(owner)) for owner in owners]
+        self._entries = [(owner, entry) for owner, entry in found if entry is not None]
+        self._checksums: _Checksums | None = None
+        # Another thread may have forgotten one.
+        if len(self._entries) == len(owners):
+            self._checksums = _Checksums.joined([entry.checksums for _, entry in self._entries])
+
+    def unchanged(self) -> bool:
+        """Whether all are still held, of weights that are what they were; those that aren't are forgotten.
+
+        Where a weight lies and what torch counts of its changes is for the caller to look at.
+        """
+        if self._checksums is None or any(_entries.get(owner) is not entry for owner, entry in self._entries):
+            return False
+        if self._checksums.unchanged():
+            return True
+        for owner, entry in self._entries:
+            # At the same turn: what it saw may not be seen again for many others.
+            if not entry.checksums.unchanged(self._checksums._turn):
+                drop(owner)
+        return False
 
 
 def drop(owner: nn.Module) -> None:

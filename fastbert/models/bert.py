@@ -23,7 +23,17 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from transformers.models.bert import modeling_bert as hf
 
 from fastbert.backends import philox
-from fastbert.models import encoder_inference, encoder_plan, inputs, joined, layers, model_inference, packing, upstream
+from fastbert.models import (
+    encoder_inference,
+    encoder_plan,
+    host_inference,
+    inputs,
+    joined,
+    layers,
+    model_inference,
+    packing,
+    upstream,
+)
 from fastbert.models.snapshot import Snapshot
 
 PACKED = "packed"
@@ -216,6 +226,8 @@ class BertModel(_FromSafetensors, hf.BertModel):
         known = None if torch.compiler.is_compiling() else encoder_plan.lookup(self.encoder)
         projections = joined.join(self.encoder, hidden_states, known)
         encoded = encoder_inference.forward(self.encoder, hidden_states, packed, projections, known)
+        if encoded is None:
+            encoded = host_inference.forward(self.encoder, hidden_states, packed, known)
         if encoded is None:
             encoder: Any = self.encoder
             encoded = encoder(

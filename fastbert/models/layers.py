@@ -484,9 +484,8 @@ class BertLayer(upstream.BertLayer):
             padded: Tensor = super().forward(hidden_states, *args, **kwargs)
             return padded
         if workspace is not None and self.divided(hidden_states) is None:
-            approximate = gelu_approximation(self.intermediate.intermediate_act_fn)
-            assert approximate is not None
-            whole = whole_layer.forward(self, hidden_states, packing, approximate, workspace)
+            call = whole_layer.prepare(self, hidden_states.shape[1])
+            whole = whole_layer.forward([call], hidden_states, packing, workspace)
             if whole is not None:
                 return whole
         if seeds is not None:

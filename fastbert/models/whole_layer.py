@@ -7,12 +7,15 @@ layers of a forward share.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fastbert.backends import extension, host_linear, prepacked
+from fastbert.models import upstream
 from fastbert.models.packing import Packing
 
 # What the layers of one forward share: the scratch memory of the first of them.
@@ -52,47 +55,75 @@ def reason(layer: Any, x: Tensor) -> str | None:
     return None
 
 
-def forward(layer: Any, x: Tensor, packing: Packing, approximate: str, workspace: Workspace) -> Tensor | None:
-    """``[T, H]`` -> ``[T, H]``; None where ``packing`` says more of the sequences than is true."""
-    attention, module = layer.attention.self, extension.module()
-    packed = [prepacked.pack(owner, linears) for owner, linears in _owners(layer)]
+class Call(NamedTuple):
+    """A layer's call, without the states, the sequences and the memory to compute in.
+
+    ``columns`` of that memory and ``heads`` are for each row of the states. The call has the addresses of ``kept``.
+    """
+
+    run: Callable[..., bool]
+    columns: int
+    heads: int
+    kept: list[Tensor | None]
+
+
+def prepare(layer: Any, hidden: int) -> Call:
+    """The call of a layer whose states have ``hidden`` features."""
+    attention, module, memory = layer.attention.self, extension.module(), extension.memory
+    packed = [prepacked.pack(owner, linears) for owner, linears in owners(layer)]
+    weights = [tensor for one in packed for tensor in (one.weight, one.bias)]
     norms = (layer.attention.output.LayerNorm, layer.output.LayerNorm)
-    rows, hidden = x.shape
-    features, heads = _features(layer), hidden // attention.attention_head_size
-    columns = module.encoder_layer_scratch(hidden, features)
-    scratch = workspace.get("scratch")
-    if scratch is None or scratch.numel() != rows * columns:
-        scratch = workspace["scratch"] = x.new_empty(rows * columns)
-    # Layers may differ in their number of heads.
-    lse = workspace.get("lse")
-    if lse is None or lse.numel() < heads * rows:
-        lse = workspace["lse"] = x.new_empty(heads * rows, dtype=torch.float32)
     parameters = [extension.dense(p) for norm in norms for p in (norm.weight, norm.bias)]
-    x, y = extension.dense(x), torch.empty(x.shape, dtype=x.dtype)
-    memory = extension.memory
-    done = module.encoder_layer_forward(
-        x=memory(x),
-        y=memory(y),
-        cu_seqlens=memory(packing.cu_seqlens),
-        weights=[memory(tensor) for one in packed for tensor in (one.weight, one.bias)],
-        norms=[memory(parameter) for parameter in parameters],
+    approximate = upstream.GELU[type(layer.intermediate.intermediate_act_fn)]
+    features, heads = _features(layer), hidden // attention.attention_head_size
+    run = functools.partial(
+        module.encoder_layer_forward,
+        weights=list(map(memory, weights)),
+        norms=list(map(memory, parameters)),
         float_norms=norms[0].weight.dtype == torch.float32,
         eps=[norm.eps for norm in norms],
         gelu=module.POST_GELU_ERF if approximate == "none" else module.POST_GELU_TANH,
-        scratch=memory(scratch),
-        lse=memory(lse),
-        rows=rows,
-        sequences=packing.cu_seqlens.shape[0] - 1,
-        max_seqlen=packing.max_seqlen,
         heads=heads,
         head_size=attention.attention_head_size,
         hidden=hidden,
         features=features,
         scale=attention.scaling,
-        instructions=host_linear.instructions(x.dtype),
-        num_threads=torch.get_num_threads(),
     )
-    return y if done else None
+    return Call(run, module.encoder_layer_scratch(hidden, features), heads, [*weights, *parameters])
+
+
+def forward(calls: Sequence[Call], x: Tensor, packing: Packing, workspace: Workspace) -> Tensor | None:
+    """``[T, H]`` -> ``[T, H]`` by one layer after the other; None where ``packing`` says more than is true."""
+    memory, rows = extension.memory, x.shape[0]
+    scratch = _at_least(workspace, "scratch", rows * max(call.columns for call in calls), x, x.dtype)
+    # Layers may differ in their number of heads.
+    lse = _at_least(workspace, "lse", rows * max(call.heads for call in calls), x, torch.float32)
+    given = {
+        "cu_seqlens": memory(packing.cu_seqlens),
+        "scratch": memory(scratch),
+        "lse": memory(lse),
+        "rows": rows,
+        "sequences": packing.cu_seqlens.shape[0] - 1,
+        "max_seqlen": packing.max_seqlen,
+        "instructions": host_linear.instructions(x.dtype),
+        "num_threads": torch.get_num_threads(),
+    }
+    x = extension.dense(x)
+    # The caller's states stay as they are.
+    results = [torch.empty_like(x) for _ in calls[:2]]
+    for place, call in enumerate(calls):
+        y = results[place % 2]
+        if not call.run(x=memory(x), y=memory(y), **given):
+            return None
+        x = y
+    return x
+
+
+def _at_least(workspace: Workspace, name: str, size: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+    kept = workspace.get(name)
+    if kept is None or kept.numel() < size:
+        kept = workspace[name] = like.new_empty(size, dtype=dtype)
+    return kept
 
 
 def _features(layer: Any) -> int:
@@ -101,11 +132,11 @@ def _features(layer: Any) -> int:
     return int(up.weight.shape[0])
 
 
-def _owners(layer: Any) -> list[tuple[nn.Module, tuple[nn.Linear, ...]]]:
+def owners(layer: Any) -> list[tuple[nn.Module, tuple[nn.Linear, ...]]]:
     """The modules that own the prepacked weights, as where the parts run one by one."""
     owners = (layer.attention.self, layer.attention.output, layer.intermediate, layer.output)
     return [(owner, owner.linears()) for owner in owners]
 
 
 def _linears(layer: Any) -> list[nn.Linear]:
-    return [linear for _, linears in _owners(layer) for linear in linears]
+    return [linear for _, linears in owners(layer) for linear in linears]

@@ -115,7 +115,7 @@ def changed(texts, names):
                 gone.append((sys.modules[parent], name, owner))
                 delattr(sys.modules[parent], name)
     for name in list(sys.modules):
-        if name == "fastbert" or name.startswith(("fastbert.models", "models")):
+        if name in ("fastbert", "fastbert._public") or name.startswith(("fastbert.models", "models")):
             del sys.modules[name]
     return gone
 

@@ -42,14 +42,20 @@ def states(fast, inputs=None, **kwargs):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How many layers have been one call."""
-    found = []
-    original = whole_layer.forward
+    """The layers that have been one call, once for each time."""
+    found, layers = [], {}
+    prepare, forward = whole_layer.prepare, whole_layer.forward
 
-    def counted(layer, *args):
-        found.append(layer)
-        return original(layer, *args)
+    def prepared(layer, *args):
+        call = prepare(layer, *args)
+        layers[id(call.run)] = (layer, call)
+        return call
 
+    def counted(made, *args):
+        found.extend(layers[id(call.run)][0] for call in made)
+        return forward(made, *args)
+
+    monkeypatch.setattr(whole_layer, "prepare", prepared)
     monkeypatch.setattr(whole_layer, "forward", counted)
     return found
 

@@ -20,7 +20,7 @@ _HOOKS = tuple(map(itemgetter, ("_forward_hooks", "_forward_pre_hooks", "_backwa
 _TENSORS = tuple(map(itemgetter, ("_parameters", "_buffers")))
 _VALUES = methodcaller("values")
 # What the kernels are given of a module, besides its tensors.
-_NUMBERS = ("training", "eps", "scaling")
+_NUMBERS = ("training", "eps", "scaling", "normalized_shape")
 _SCALARS = (bool, str, int, float)
 
 Dicts = list[dict[str, Any]]
@@ -30,10 +30,10 @@ class Snapshot:
     """A module ``root`` and modules below it as they are now, and what was found out about them.
 
     It holds as long as each has its class, its children, its hooks and its ``forward``, whether that is the class's or
-    one that took its place; with ``tensors`` also its parameters, buffers, mode, eps and scaling, and the settings of a
-    module of another package, as an adapter that is switched off. Of tensors the objects and their types count: what
-    is in them, and where, is for the caller to look at. Modules of TorchScript show other children at every look, so
-    that no snapshot of them holds.
+    one that took its place; with ``tensors`` also its parameters, buffers, mode, eps, scaling and normalized shape, and
+    the settings of a module of another package, such as an adapter's. Of tensors the objects and their types count:
+    what is in them, and where, is for the caller to look at. Modules of TorchScript show other children at every look,
+    so that no snapshot of them holds.
 
     A copy of a snapshot, a pickled one included, is None, as it would be of other modules. ``root`` isn't kept: it may
     have snapshots of itself among its attributes, and is still freed with its last reference.

@@ -26,7 +26,7 @@ struct Norm {
 template <typename T>
 struct Layer {
   const T* x;  // [rows, hidden], contiguous
-  T* y;        // [rows, hidden]; like all that is written, at an address that is a multiple of 64
+  T* y;        // [rows, hidden], x or apart from it; like all that is written, at a multiple of 64
   const int32_t* cu_seqlens;  // [sequences + 1], ascending from 0 to at most rows
   Weights<T> query_key_value, attention_output, intermediate, output;
   Norm attention_norm, output_norm;

@@ -109,10 +109,9 @@ def forward(calls: Sequence[Call], x: Tensor, packing: Packing, workspace: Works
         "num_threads": torch.get_num_threads(),
     }
     x = extension.dense(x)
-    # The caller's states stay as they are.
-    results = [torch.empty_like(x) for _ in calls[:2]]
-    for place, call in enumerate(calls):
-        y = results[place % 2]
+    # The caller's states stay as they are; a layer's may be written over by the next, which reads them no more by then.
+    y = torch.empty_like(x)
+    for call in calls:
         if not call.run(x=memory(x), y=memory(y), **given):
             return None
         x = y

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fastbert._version import __version__ as __version__
 
 if TYPE_CHECKING or PurePath(*sys.argv[:1]).stem != "fastbert":
-    from fastbert._public import *  # noqa: F403
+    from fastbert._public import *  # noqa: F403  all that its __all__ names, and that is this module's too
     from fastbert._public import __all__ as __all__
 else:
     # The command of that name: its --help and a mistyped option answer without torch, which takes seconds to import.

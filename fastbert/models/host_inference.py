@@ -20,11 +20,13 @@ from fastbert.backends import extension, host_linear, prepacked
 from fastbert.models import encoder_plan, layers, whole_layer
 from fastbert.models.packing import Packing
 
-# What may change of a tensor that stays the same object, besides its elements. A contiguous one's shape follows.
-_FACTS = (Tensor.data_ptr, Tensor.stride, Tensor.numel, attrgetter("_version"), attrgetter("dtype"))
+# What may change of a tensor besides what an ``EncoderPlan`` looks at.
+_FACTS = (Tensor.data_ptr, Tensor.stride, attrgetter("_version"))
 _REQUIRES_GRAD = attrgetter("requires_grad")
-# Numbers of a layer that may be set at any time.
-_NUMBERS = attrgetter("chunk_size_feed_forward", "attention.self.attention_head_size", "attention.self.scaling")
+# And of a layer's numbers.
+_NUMBERS = attrgetter("chunk_size_feed_forward", "attention.self.attention_head_size")
+# Whether torch has a hook that sees every module. Should its name change, the layers are called.
+_has_hook_for_all = getattr(torch_module, "_has_any_global_hook", lambda: True)
 
 
 class Plan:
@@ -32,10 +34,9 @@ class Plan:
 
     def __init__(self, encoder: Any, hidden: int) -> None:
         owners = [one for layer in encoder.layer for one in whole_layer.owners(layer)]
-        modules = [*_norms(encoder), *(linear for _, linears in owners for linear in linears)]
         self._layers = list(encoder.layer)
         self._configs = list({id(owner.config): owner.config for owner, _ in owners}.values())
-        self._tensors = [x for module in modules for x in (module.weight, module.bias) if x is not None]
+        self._tensors = _tensors(encoder)
         # Before a weight is read: a change in between must be seen next time.
         self._seen = self._look()
         self.calls = [whole_layer.prepare(layer, hidden) for layer in self._layers]
@@ -64,24 +65,24 @@ def forward(
     """
     if known is None or encoder.training or whole_layer.unserved(x) or torch.is_autocast_enabled("cpu"):
         return None
-    # Those of torch's, for all modules.
-    if torch_module._has_any_global_hook():
+    if _has_hook_for_all():
         return None
-    plans, conditions = known().found, _conditions(x)
-    made, plan = plans.get("host_inference", (None, None))
-    if made != conditions or (plan is not None and plan.serves() and not plan.holds()):
-        plan = _new_plan(encoder, x)
-        plans["host_inference"] = (conditions, plan)
-    if plan is None or not plan.serves():
+    looked_at, conditions = known(), _conditions(x)
+    made_for, plan = looked_at.found.get("host_inference", (None, None))
+    known_plan = made_for == conditions
+    if known_plan and (plan is None or not plan.serves()):
         return None
-    return whole_layer.forward(plan.calls, x, packing, {})
+    if not known_plan or not plan.holds():
+        plan = _new_plan(encoder, x, looked_at)
+        looked_at.found["host_inference"] = (conditions, plan)
+    return None if plan is None else whole_layer.forward(plan.calls, x, packing, {})
 
 
 def _conditions(x: Tensor) -> tuple[object, ...]:
     return x.dtype, x.shape[1], torch.is_grad_enabled(), x.shape[0] == 0, host_linear.instructions(x.dtype)
 
 
-def _new_plan(encoder: Any, x: Tensor) -> Plan | None:
+def _new_plan(encoder: Any, x: Tensor, looked_at: encoder_plan.EncoderPlan) -> Plan | None:
     """None where a part is not what it seems, or a layer isn't one call."""
     if layers.unusual(encoder, layers.BertEncoder):
         return None
@@ -92,7 +93,16 @@ def _new_plan(encoder: Any, x: Tensor) -> Plan | None:
     # A copy would not follow its changes, and of these torch doesn't count them.
     if not parameters or any(extension.dense(p) is not p or p.is_inference() for p in parameters):
         return None
+    # A tensor that is a plain attribute may be replaced without a trace in the snapshot.
+    if not set(map(id, _tensors(encoder))) <= set(map(id, looked_at.tensors)):
+        return None
     return Plan(encoder, x.shape[1])
+
+
+def _tensors(encoder: Any) -> list[Tensor]:
+    """The parameters of all layers."""
+    linears = [linear for layer in encoder.layer for _, some in whole_layer.owners(layer) for linear in some]
+    return [x for module in (*_norms(encoder), *linears) for x in (module.weight, module.bias) if x is not None]
 
 
 def _norms(encoder: Any) -> list[Any]:

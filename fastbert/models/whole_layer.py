@@ -18,7 +18,7 @@ from fastbert.backends import extension, host_linear, prepacked
 from fastbert.models import upstream
 from fastbert.models.packing import Packing
 
-# What the layers of one forward share: the scratch memory of the first of them.
+# The memory that the layers of one forward share.
 Workspace = dict[str, Tensor]
 
 

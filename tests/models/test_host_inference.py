@@ -207,6 +207,20 @@ def test_with_gradients_autocast_or_hooks_of_torchs_the_layers_are_called(model,
     assert taken == [True, False, False, False, True, True, True, False]
 
 
+def test_a_weight_that_is_a_plain_attribute_is_read_at_every_forward(model, taken):
+    """As sharding has it while a layer runs: one may take another's place without a trace."""
+    states(model)
+    dense = DENSE(model)
+    weight = dense.weight.data
+    del dense.weight
+    for factor in (1.0, -1.5, 2.0):
+        dense.weight = weight * factor
+        for _ in range(2):
+            assert torch.equal(states(model), anew(model))
+    # Copies of the model run too.
+    assert taken == [True] + [False] * 12
+
+
 def test_weights_that_one_forgot_are_packed_again(model, taken):
     expected = states(model)
     prepacked.drop(model.encoder.layer[2].intermediate)
